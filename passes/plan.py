@@ -1,0 +1,97 @@
+"""Plan: what the passes are asked to do, in the compiler's own words.
+
+A policy (what to keep; `kvfx.policy`) is lowered to a Plan, and the passes know nothing else. A Plan is plain, frozen data; two
+plans that compare equal give the same graph, whatever share of the cache is kept, because the count is an input of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+# What a score may read at a site. `key` carries RoPE, `pre_key` does not; both are the new tokens' own, one row per KV head.
+TAPS = ("query", "key", "value", "pre_key")
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A random matrix `[Hkv, D, size]`, drawn anew for each layer and head from `seed`."""
+
+    size: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """A kernel op on tensors of the site, in the op's own argument order, then `Sketch` constants, then keyword constants."""
+
+    op: str
+    taps: tuple[str, ...]
+    sketch: Sketch | None = None
+    options: tuple[tuple[str, int | float | bool], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number in a score expression."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """Standardise a score over each row's unprotected real tokens and all KV heads."""
+
+    of: Expr
+
+
+@dataclass(frozen=True)
+class Combine:
+    """`left op right`, op one of add, sub, mul."""
+
+    op: str
+    left: Expr
+    right: Expr
+
+
+Expr = OpCall | Scalar | ZScore | Combine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Score every token of a prompt, protect both ends, keep the best.
+
+    Attributes:
+        score: the score expression, or None to store the cache whole.
+        sinks: first real tokens of a row that are always kept.
+        recent: last real tokens of a row that are always kept.
+        sketches: per layer, a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` that replaces the drawn one.
+        sketch_digest: sha256 over `sketches`; stands for them in comparisons.
+    """
+
+    score: Expr | None
+    sinks: int = 0
+    recent: int = 0
+    sketches: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
+    sketch_digest: str | None = None
+
+    def calls(self) -> Iterator[OpCall]:
+        """The op calls of the score, left to right."""
+        todo: list[Expr] = [self.score] if self.score is not None else []
+        while todo:
+            expr = todo.pop(0)
+            match expr:
+                case OpCall():
+                    yield expr
+                case ZScore(of):
+                    todo.insert(0, of)
+                case Combine(_, left, right):
+                    todo[:0] = [left, right]
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The site tensors that the score reads, each once, in the order of `TAPS`."""
+        used = {tap for call in self.calls() for tap in call.taps}
+        return tuple(tap for tap in TAPS if tap in used)
