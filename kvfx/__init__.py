@@ -1,0 +1,37 @@
+"""kvfx: KV-cache compression as a graph-rewriting pass for torch.compile.
+
+`compile` returns a model whose KV caches keep only what a declarative policy chooses; see the README for the tour.
+"""
+
+from kvfx.api import compile, explain
+from kvfx.cache import Cache
+from kvfx.cache_file import load_cache
+from kvfx.errors import (
+    ArtifactError,
+    CacheMismatch,
+    InputError,
+    KvfxError,
+    PolicyError,
+    PoolExhausted,
+    SiteRefused,
+    UnsupportedModel,
+)
+from kvfx.policy import Policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "Cache",
+    "CacheMismatch",
+    "InputError",
+    "KvfxError",
+    "Policy",
+    "PolicyError",
+    "PoolExhausted",
+    "SiteRefused",
+    "UnsupportedModel",
+    "compile",
+    "explain",
+    "load_cache",
+]

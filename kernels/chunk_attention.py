@@ -1,0 +1,76 @@
+"""Score by the attention received inside a chunk, without a causal mask."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .op import KernelOp, samples
+from .rows import chunk_slots, from_front, places, ranks, to_front, unchunk
+
+
+def chunk_attention(
+    query: Tensor, key: Tensor, value: Tensor | None, valid: Tensor | None, chunk: int, scale: float, pool: int
+) -> Tensor:
+    """Score each token by the attention its chunk pays to it, past and future queries alike.
+
+    Chunks are disjoint runs of `chunk` real tokens. Without a mask the mean score of a chunk is G whatever its length,
+    so the short last chunk needs no correction: absent keys get -inf, absent queries pay nothing. The attention term
+    of Compactor (Chari & Van Durme, arXiv:2507.08143).
+
+    Args:
+        query: [B, Hq, S, D], any float dtype and strides; head h*G + g belongs to KV head h.
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv]; if given, scores are multiplied by the L2 norm of the token's value.
+        valid: [B, S] bool, False at padding; None means every token is real.
+        chunk: tokens in a chunk.
+        scale: factor on the logits.
+        pool: odd width of the average taken over neighbouring real tokens at the end; 1 means none.
+
+    Returns:
+        Scores, [B, Hkv, S] float32, not negative, higher = keep; 0 at padding.
+
+    Numerics: float32 throughout; the number of real taps divides the average.
+    Cost: 2*B*Hq*S*chunk*D flops in one batched matmul, B*Hq*S*chunk floats of scratch.
+    """
+    heads, tokens = key.shape[1], key.shape[2]
+    place = places(valid)
+    slot = chunk_slots(tokens, chunk, key.device)
+    real = slot < ranks(valid, tokens, key.device)[1][:, None, :, None]  # [B or 1, 1, N, C]
+
+    def chunks(x: Tensor) -> Tensor:
+        x = to_front(x, place)[:, :, slot.clamp(max=tokens - 1)].float()
+        absent = ~real.reshape(real.shape + (1,) * (x.dim() - real.dim()))
+        return x if place is None else x.masked_fill(absent, 0)  # padding may hold NaN
+
+    # The G heads of a group become rows of their KV head's matmul, so keys are not copied G times.
+    grouped = query.unflatten(1, (heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
+    rows = (chunks(grouped) * scale).flatten(3, 4)  # [B, Hkv, N, C*G, D]
+    logits = rows @ chunks(key).transpose(-2, -1)
+    # The lowest float stands for -inf: beside any finite logit its weight is 0, and a chunk of padding gives no NaN.
+    weights = logits.masked_fill(~real[..., None, :], torch.finfo(torch.float32).min).softmax(-1)
+    asking = real.float().repeat_interleave(grouped.shape[3], -1)[..., None, :]  # [B or 1, 1, N, 1, C*G]
+    score = unchunk((asking @ weights).squeeze(-2), tokens)
+    if value is not None:
+        norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
+        score = score * to_front(norm, place)
+    if pool > 1:
+        present = unchunk(real.float(), tokens)
+        score = torch.where(present > 0, score, 0)
+        score = F.avg_pool1d(score, pool, 1, pool // 2) / F.avg_pool1d(present, pool, 1, pool // 2)
+    score = from_front(score, place)
+    return score if valid is None else score.masked_fill(~valid[:, None], 0)
+
+
+def _inputs(dims, dtype, device, seed):
+    B, H, G, S, D = dims
+    query, key, value = samples(dtype, device, seed, (B, H * G, S, D), (B, H, S, D), (B, H, S, D))
+    return query, key, value, None, 16, 1.0, 3
+
+
+OP = KernelOp(
+    "chunk_attention",
+    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, int chunk, float scale, int pool) -> Tensor",
+    chunk_attention,
+    _inputs,
+    cost="2*B*Hq*S*chunk*D flops",
+)

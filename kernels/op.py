@@ -1,0 +1,65 @@
+"""One row of the op table: what an operator is, in tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("kvfx", "FRAGMENT")  # the registrations live as long as this object
+
+
+class Dims(NamedTuple):
+    """Sizes from which an op makes example arguments."""
+
+    B: int = 2
+    Hkv: int = 2
+    G: int = 2
+    S: int = 37
+    D: int = 16
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{size}" for name, size in self._asdict().items())
+
+
+@dataclass(frozen=True)
+class KernelOp:
+    """An operator `torch.ops.kvfx.<name>`: contract, definition and examples.
+
+    Creating the row registers the operator. The reference is its CompositeImplicitAutograd implementation, so fake
+    tensors, tracing, symbolic shapes and autograd all run the reference itself; no second definition can drift.
+
+    Attributes:
+        name: operator name, unique in the table.
+        schema: arguments and returns in the operator schema language, without the name.
+        reference: the definition, in plain torch.
+        inputs: example arguments from (dims, dtype, device, seed); tests and benchmarks read them.
+        triton: `module:function` of the Triton launcher, or None while there is none.
+        cost: memory traffic and arithmetic in one line.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    inputs: Callable[[Dims, torch.dtype, str, int], tuple]
+    triton: str | None = None
+    cost: str = ""
+
+    def __post_init__(self) -> None:
+        _LIBRARY.define(self.name + self.schema)
+        _LIBRARY.impl(self.name, self.reference, "CompositeImplicitAutograd")
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The registered operator, as it stands in a graph."""
+        return getattr(torch.ops.kvfx, self.name).default
+
+
+def samples(dtype: torch.dtype, device: str, seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Draw one normal tensor per shape, the same values on every device and in every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]

@@ -1,0 +1,170 @@
+"""Score expressions: numbers and atoms under + - * and zscore, written as text or as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvfx.errors import PolicyError, unknown_name
+from kvfx.scores import SCORES, Real, ScoreRow, Value, Word, bind, shortest, write_number
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in a score."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if Real().read(self.value) is None:
+            raise PolicyError(f"{self.value!r} cannot stand in a score: expected a finite number below 1e30.")
+        object.__setattr__(self, "value", float(self.value) + 0.0)
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Atom:
+    """A score atom with a value for each of its parameters, in the order of its row in `SCORES`.
+
+    Python spells it as the text does: `Atom("attn", v="none", pool=Word("avg", 5))`, `Atom("leverage", 48)`.
+    """
+
+    name: str
+    values: tuple[tuple[str, Value], ...]
+
+    def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
+        if name not in SCORES:
+            raise unknown_name("score", name, [*SCORES, "zscore"])
+        params = SCORES[name].params
+        given = bind(name, [param.name for param in params], [(None, arg) for arg in args] + list(kwargs.items()))
+        values = []
+        for param in params:
+            wanted = _word(given.get(param.name, param.default))
+            value = param.takes.read(wanted)
+            if value is None:
+                raise PolicyError(f"{name}({param.name}={wanted}) is not built: {param.name} takes {param.takes}.")
+            values.append((param.name, value))
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "values", tuple(values))
+
+    @property
+    def row(self) -> ScoreRow:
+        """The atom's row in `SCORES`."""
+        return SCORES[self.name]
+
+    def __str__(self) -> str:
+        bare = {param.name for param in self.row.params if param.bare}
+        words = [(name, str(value) if isinstance(value, Word) else write_number(value)) for name, value in self.values]
+        args = ", ".join(text if name in bare else f"{name}={text}" for name, text in words)
+        return f"{self.name}({args})" if args else self.name
+
+    def __repr__(self) -> str:
+        return f"Atom({', '.join([repr(self.name)] + [f'{name}={value!r}' for name, value in self.values])})"
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """A score standardised over each row's unprotected real tokens and all KV heads."""
+
+    of: Score
+
+
+@dataclass(frozen=True)
+class Combine:
+    """`left op right`, op one of + - *. A leading minus is `-1 * right`."""
+
+    op: Literal["+", "-", "*"]
+    left: Score
+    right: Score
+
+
+Score = Number | Atom | ZScore | Combine
+
+
+def parts(score: Score) -> Iterator[Score]:
+    """Yield a score and everything inside it, left to right."""
+    yield score
+    match score:
+        case ZScore(of):
+            yield from parts(of)
+        case Combine(_, left, right):
+            yield from parts(left)
+            yield from parts(right)
+
+
+def write(score: Score) -> str:
+    """Write a score as text, with no more parentheses than it needs."""
+    match score:
+        case Number(value):
+            return write_number(value)
+        case ZScore(of):
+            return f"zscore({write(of)})"
+        case Combine("*", Number(-1), of) if not isinstance(of, Number):
+            return f"-{_inside(of, '+-*')}"
+        case Combine("*", left, right):
+            return f"{_inside(left, '+-')}*{_inside(right, '+-*')}"
+        case Combine(op, left, right):
+            return f"{write(left)} {op} {_inside(right, '+-')}"
+    return str(score)
+
+
+def _inside(score: Score, loose: str) -> str:
+    """Write an operand, in parentheses if its own operator is one of `loose`."""
+    match score:
+        case Combine("*", Number(-1), of) if not isinstance(of, Number):
+            return write(score)
+        case Combine(op) if op in loose:
+            return f"({write(score)})"
+    return write(score)
+
+
+def to_data(score: Score) -> Any:
+    """Return a score as numbers and one-item dicts: `{"+": [{"attn": {...}}, {"zscore": ...}]}`."""
+    match score:
+        case Number(value):
+            return shortest(value)
+        case ZScore(of):
+            return {"zscore": to_data(of)}
+        case Combine(op, left, right):
+            return {op: [to_data(left), to_data(right)]}
+        case Atom(name, values):
+            return {name: {key: _plain(value) for key, value in values}}
+
+
+def from_data(data: Any) -> Score:
+    """Read what `to_data` returns."""
+    match data:
+        case int() | float():
+            return Number(data)
+        case str():
+            return Atom(data)
+        case Mapping() if len(data) == 1:
+            match next(iter(data.items())):
+                case "zscore", of:
+                    return ZScore(from_data(of))
+                case ("+" | "-" | "*") as op, [left, right]:
+                    return Combine(op, from_data(left), from_data(right))
+                case str() as name, Mapping() as values:
+                    return Atom(name, **values)
+    raise PolicyError(
+        f"{data!r} is not a score: expected a number, an atom such as {{'leverage': {{'size': 48}}}}, "
+        "{'zscore': score}, or an operator with two operands, {'+': [score, score]}."
+    )
+
+
+def _plain(value: Value) -> Any:
+    """Return a parameter's value as plain data: 48, `"none"`, `{"chunk": 256}`."""
+    if isinstance(value, Word):
+        return value.name if value.arg is None else {value.name: value.arg}
+    return value
+
+
+def _word(value: Any) -> Any:
+    """Read what `_plain` returns."""
+    match value:
+        case str():
+            return Word(value)
+        case Mapping() if len(value) == 1:
+            [(name, arg)] = value.items()
+            return Word(name, arg)
+    return value

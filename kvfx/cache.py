@@ -1,0 +1,409 @@
+"""Caches: what a compressed model remembers, and how much of it.
+
+A cache has a *logical* length (tokens seen, padding included) and per layer a *physical* one (slots held). To its user, and to any
+stock transformers model, a `Cache` shows logical lengths; a traced forward sees the same layers through `SlotCache`, whose lengths
+are physical, so that no length that the graph depends on is a Python number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from kvfx.errors import CacheMismatch
+from kvfx.passes.capture import mark_dynamic
+
+Rows = Callable[[Tensor], Tensor]
+
+
+class CacheLayer(DynamicLayer):
+    """Keys, values and positions of one layer, layout `dense`.
+
+    Attributes:
+        keys, values: `[B, Hkv, T, D]`, the model's dtype; empty slots are zero and stand on the left.
+        prefix: positions of the slots that a prefill kept, `[B, Hkv, P]` int32; -1 = empty.
+        next_position: position of the first slot behind the prefix, per row, `[B]`; from there on slots are consecutive.
+        evicted: logical minus physical length.
+    """
+
+    kind = "full"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix: Tensor | None = None
+        self.next_position: Tensor | None = None
+        self.evicted = 0
+        # Set by the traced forward that evicts, taken over by the cache when it is done.
+        self.kept_positions: Tensor | None = None
+        self.finite: Tensor | None = None
+
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Hold exactly these slots."""
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    @property
+    def slots(self) -> int:
+        """Physical length."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def positions(self) -> Tensor:
+        """RoPE index of each slot's token within its row, `[B, Hkv, T]` int32; -1 = empty slot."""
+        return self.positions_until(self.slots)
+
+    def positions_until(self, slots: int) -> Tensor:
+        """Positions of the first `slots` slots."""
+        if self.prefix is None or self.next_position is None:
+            return torch.empty(0, 0, 0, dtype=torch.int32)
+        batch, heads, held = self.prefix.shape
+        tail = torch.arange(slots - held, device=self.prefix.device) + self.next_position[:, None]
+        return torch.cat([self.prefix, tail[:, None].expand(batch, heads, -1).int()], -1)
+
+    @property
+    def appended(self) -> int:
+        """Slots behind the prefix: tokens that came after the last eviction."""
+        return self.slots - (0 if self.prefix is None else self.prefix.shape[2])
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, padding included."""
+        return self.slots + self.evicted
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical length after `query_length` more tokens, and the logical index of the first slot."""
+        return self.slots + query_length, self.evicted
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; they must have come after the last eviction."""
+        remove = -tokens_to_remove
+        if remove > self.appended:
+            raise CacheMismatch(
+                f"cannot crop {remove} tokens: only {self.appended} came after the last eviction, and what was evicted before them "
+                "is gone. Crop no more than that, or keep a cache.copy() from before."
+            )
+        if remove > 0:
+            self.keys, self.values = self.keys[:, :, :-remove], self.values[:, :, :-remove]
+
+    def map_rows(self, rows: Rows) -> None:
+        """Apply `rows` to every tensor whose first axis is the batch."""
+        if self.keys is not None:
+            self.store(rows(self.keys), rows(self.values))
+            self.prefix, self.next_position = rows(self.prefix), rows(self.next_position)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def copy(self) -> CacheLayer:
+        """A layer that grows on its own; the tensors are shared, because slots are never written in place."""
+        other = CacheLayer()
+        other.__dict__.update(self.__dict__)
+        return other
+
+
+class Cache(transformers.Cache):
+    """The KV cache of a compressed model: a transformers `Cache`, and a pytree for torch and optree.
+
+    Attributes:
+        layers: one `CacheLayer` per attention layer.
+        policy: canonical text of the policy that evicted, or "none".
+        lengths_seen: real tokens seen per row, `[B]` int64; also the position of each row's next token.
+        empty: empty slots on the left of each row, `[B]` int64, or None if there are none.
+        fingerprint: what identifies the model, or None until the cache is saved or compared.
+        owner: the model that made the cache, while it lives.
+    """
+
+    layout = "dense"
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.policy = "none"
+        self.lengths_seen: Tensor | None = None
+        self.empty: Tensor | None = None
+        self.fingerprint: dict[str, Any] | None = None
+        self.owner: Any = None
+        self._ids: list[Tensor] | None = []
+        self._real: list[Tensor | None] = []
+
+    @classmethod
+    def from_layers(
+        cls,
+        layers: Sequence[tuple[Tensor, Tensor, Tensor]],
+        lengths_seen: Tensor | int,
+        ids: Tensor | None = None,
+        policy: str = "none",
+    ) -> Cache:
+        """Make a cache of given slots.
+
+        Args:
+            layers: per layer keys `[B, Hkv, T, D]`, values `[B, Hkv, T, Dv]` and positions `[B, Hkv, T]` or `[T]`, ascending.
+            lengths_seen: tokens that each row has seen, a number or `[B]`; the next token's position.
+            ids: the tokens seen, `[B, lengths_seen]`. Without them `generate` needs `append=True`.
+            policy: what chose the slots.
+
+        Raises:
+            CacheMismatch: shapes disagree, a layer holds nothing, or a position lies outside the tokens seen.
+        """
+        cache = cls()
+        batch, device = layers[0][0].shape[0], layers[0][0].device
+        seen = torch.as_tensor(lengths_seen, device=device).expand(batch).clone().long()
+        if bool((seen != seen[0]).any()):
+            raise CacheMismatch(
+                "rows saw different numbers of tokens; make such a batch by model.compress with an attention mask"
+            )
+        logical = int(seen[0])
+        for index, (keys, values, positions) in enumerate(layers):
+            positions = positions.to(device=device, dtype=torch.int32)
+            if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[0] != batch:
+                raise CacheMismatch(
+                    f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)}, expected [B, Hkv, T, D] with B = {batch}"
+                )
+            if keys.shape[2] == 0:
+                raise CacheMismatch(f"layer {index} holds no slot; every layer needs at least one")
+            if keys.shape[2] > logical:
+                raise CacheMismatch(f"layer {index} holds {keys.shape[2]} slots of only {logical} tokens seen")
+            prefix = positions.expand(keys.shape[:3]).contiguous()
+            if bool((prefix < 0).any()) or bool((prefix >= logical).any()) or bool((prefix.diff(dim=-1) <= 0).any()):
+                raise CacheMismatch(f"layer {index}: positions must ascend within 0..{logical - 1}")
+            layer = CacheLayer()
+            layer.store(keys.contiguous(), values.contiguous())
+            layer.prefix, layer.next_position, layer.evicted = prefix, seen, logical - keys.shape[2]
+            cache.layers.append(layer)
+        if ids is not None and tuple(ids.shape) != (batch, logical):
+            raise CacheMismatch(f"ids are {tuple(ids.shape)}, expected {(batch, logical)}: all tokens seen")
+        cache.lengths_seen, cache.policy = seen, policy
+        cache._ids, cache._real = (None if ids is None else [ids]), [None]
+        cache.mark()
+        return cache
+
+    # -- what it holds ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The tokens seen, `[B, logical length]`, padding included; None if they are not known."""
+        if self._ids is None:
+            return None
+        if len(self._ids) > 1:
+            self._ids = [torch.cat(self._ids, 1)]
+        return self._ids[0] if self._ids else None
+
+    @property
+    def real(self) -> Tensor | None:
+        """Which of the tokens seen are no padding, `[B, logical length]` bool; None if all are."""
+        if all(part is None for part in self._real):
+            return None
+        parts = []
+        for part, ids in zip(self._real, self._ids or [], strict=True):
+            parts.append(torch.ones_like(ids, dtype=torch.bool) if part is None else part)
+        self._real, self._ids = [torch.cat(parts, 1)], [self.ids]  # type: ignore[list-item]
+        return self._real[0]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers hold the same number of slots."""
+        return len({layer.slots for layer in self.layers}) <= 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages that this cache keeps alive."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
+        return sum(storages.values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows; -1 while nothing is held."""
+        return -1 if self.lengths_seen is None else self.lengths_seen.shape[0]
+
+    def _tensors(self) -> list[Tensor]:
+        held = [self.lengths_seen, self.empty, *(self._ids or []), *self._real]
+        for layer in self.layers:
+            held += [layer.keys, layer.values, layer.prefix, layer.next_position]
+        return [tensor for tensor in held if tensor is not None]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As a stock model asks for its one mask; only right if all layers hold equally many slots.
+
+        Raises:
+            CacheMismatch: a stock model would build one mask for layers of different lengths, or attend to empty slots.
+        """
+        if not self.is_uniform and query_length > 1:
+            raise CacheMismatch(
+                f"layers hold {sorted({layer.slots for layer in self.layers})} slots, but this model builds one mask for all of them. "
+                "Feed one token at a time, or use a policy that keeps equally many slots in every layer."
+            )
+        if self.empty is not None:
+            raise CacheMismatch(
+                "this cache has empty slots from padded rows, which a stock model would attend to. Use the model that "
+                "kvfx.compile returned."
+            )
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    # -- edits -----------------------------------------------------------------------------------------------------------------
+
+    def copy(self) -> Cache:
+        """A cache that goes its own way from here. Cheap: held slots are shared until one of the two grows."""
+        other = Cache()
+        other.__dict__.update(self.__dict__)
+        other.layers = [layer.copy() for layer in self.layers]
+        other._ids, other._real = (None if self._ids is None else list(self._ids)), list(self._real)
+        return other
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def to(self, layout: str) -> Cache:
+        """This cache in another layout. Only `dense` exists so far."""
+        if layout != self.layout:
+            raise NotImplementedError(f"layout {layout!r} is not built; known: ['dense']")
+        return self
+
+    def map_rows(self, rows: Rows) -> None:
+        """Apply `rows` along the batch axis of everything held."""
+        if self.lengths_seen is None:
+            return
+        for layer in self.layers:
+            layer.map_rows(rows)
+        self.lengths_seen = rows(self.lengths_seen)
+        self.empty = None if self.empty is None else rows(self.empty)
+        self._ids = None if self._ids is None else [rows(part) for part in self._ids]
+        self._real = [None if part is None else rows(part) for part in self._real]
+        self.mark()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row i become row `beam_idx[i]`, as beam search does after every step."""
+        self.map_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self.map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`."""
+        self.map_rows(lambda tensor: tensor[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (`tokens_to_remove` <= 0), exactly as if they had never been seen.
+
+        Raises:
+            CacheMismatch: some of them were there when slots were evicted, or rows hold padding there.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negated number of tokens to forget, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or self.lengths_seen is None:
+            return
+        for layer in sorted(
+            self.layers, key=lambda layer: layer.appended
+        ):  # the one that cannot raises before any is cut
+            layer.crop(tokens_to_remove)
+        self.lengths_seen = self.lengths_seen + tokens_to_remove
+        if self._ids is not None:
+            real = self.real
+            self._ids = [self.ids[:, :tokens_to_remove]]  # type: ignore[index]
+            self._real = [None if real is None else real[:, :tokens_to_remove]]
+        self.mark()
+
+    def mark(self) -> None:
+        """Let the number of slots and rows vary without a new graph. Once, on tensors that no graph has made."""
+        for layer in self.layers:
+            mark_dynamic(layer.keys, 0, 2)
+            mark_dynamic(layer.values, 0, 2)
+
+    # -- steps of a forward ----------------------------------------------------------------------------------------------------
+
+    def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, evicting: bool) -> None:
+        """Account for a forward over `length` new tokens, after its graph stored them in the layers."""
+        before = self.lengths_seen if self.lengths_seen is not None else torch.zeros_like(seen)
+        for layer in self.layers:
+            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+            if layer.prefix is None:
+                batch, heads = layer.keys.shape[:2]
+                layer.prefix = torch.empty(batch, heads, 0, dtype=torch.int32, device=layer.keys.device)
+                layer.next_position = before
+            if evicting:
+                kept = layer.kept_positions
+                older = layer.slots - kept.shape[2]
+                layer.prefix = torch.cat([layer.positions_until(older), kept], -1) if older else kept
+                layer.next_position = seen
+                layer.evicted += length - kept.shape[2]
+                layer.kept_positions = layer.finite = None
+        self.lengths_seen = seen
+        if self._ids is not None:
+            self._ids = None if ids is None else [*self._ids, ids]
+            self._real.append(valid)
+
+    def push_empty_left(self, valid: Tensor) -> None:
+        """Move the slots for which `valid`, `[B, T]`, is false to the left, and blank them."""
+        count = (~valid).sum(-1)
+        spare = int(count.min())  # slots that are empty in every row need not be held
+        if spare == 0 and bool((valid == (torch.arange(valid.shape[1], device=valid.device) >= count[:, None])).all()):
+            self.empty = count if bool(count.any()) else None
+            return
+        order = valid.long().argsort(dim=-1, stable=True)
+        order, kept = order[:, spare:], (torch.arange(valid.shape[1], device=valid.device) >= count[:, None])[:, spare:]
+        for layer in self.layers:
+            positions = layer.positions
+            index = order[:, None, :, None]
+            blank = ~kept[:, None, :, None]
+            keys = layer.keys.gather(2, index.expand(*layer.keys.shape[:2], -1, layer.keys.shape[3]))
+            values = layer.values.gather(2, index.expand(*layer.values.shape[:2], -1, layer.values.shape[3]))
+            layer.store(keys.masked_fill(blank, 0), values.masked_fill(blank, 0))
+            moved = positions.gather(2, order[:, None].expand(*positions.shape[:2], -1))
+            layer.prefix = moved.masked_fill(~kept[:, None], -1)
+            layer.next_position = self.lengths_seen
+            layer.evicted += spare
+        self.empty = count - spare if bool((count > spare).any()) else None
+        self.mark()
+
+    def save(self, path: str) -> None:
+        """Write the cache to one file, whole or not at all. See `kvfx.load_cache`."""
+        from kvfx.cache_file import save_cache
+
+        save_cache(self, path)
+
+
+class SlotCache(transformers.Cache):
+    """The layers of a `Cache` as a traced forward sees them: lengths are physical, and `update` may evict.
+
+    Attributes:
+        size: carries the number of slots to keep of the new tokens (see `passes.cache_write`), or None to keep them all.
+        counts: slots that each row keeps, `[B]`, or None if all rows keep equally many.
+        positions: of the new tokens, `[B, S]` int32, -1 for padding; set inside the graph.
+    """
+
+    def __init__(self, layers: list[CacheLayer], size: Tensor | None, counts: Tensor | None) -> None:
+        super().__init__(layers=layers)
+        self.size, self.counts = size, counts
+        self.positions: Tensor | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; what attention shall read: everything held and everything new."""
+        layer = self.layers[layer_idx]
+        stored_key, stored_value = key, value
+        if self.size is not None:
+            stored_key, stored_value, layer.kept_positions, layer.finite = torch.ops.kvfx.cache_write(
+                key, value, self.positions, self.counts, self.size, layer_idx
+            )
+        past_key, past_value = layer.keys, layer.values
+        if past_key is None:
+            layer.keys, layer.values = stored_key, stored_value
+            return key, value
+        layer.keys = torch.cat([past_key, stored_key], 2)
+        layer.values = torch.cat([past_value, stored_value], 2)
+        if self.size is None:
+            return layer.keys, layer.values
+        return torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots held."""
+        return self.layers[layer_idx].slots
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Slots held and new, none before them."""
+        return self.layers[layer_idx].slots + query_length, 0

@@ -1,0 +1,168 @@
+"""Engine: the compiled steps of one model. All compressed models made from it share them.
+
+A step is one forward over new tokens against the slots held. What a step evicts is in its graph; how much is an input. So all keeps
+of a policy share one prefill graph, and all policies that store dense caches share one decode graph.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kvfx import passes
+from kvfx.cache import SlotCache
+from kvfx.errors import KvfxError, SiteRefused, UnsupportedModel
+from kvfx.passes import capture
+from kvfx.passes.plan import Plan
+from kvfx.passes.report import Report
+
+STORE_ALL = Plan(score=None)
+
+
+def step(
+    model: nn.Module,
+    slots: SlotCache,
+    seen: Tensor,
+    valid: Tensor | None,
+    empty: Tensor | None,
+    tokens: dict[str, Tensor],
+    options: dict[str, Any],
+) -> tuple[Any, Tensor]:
+    """One forward, as it is traced.
+
+    Args:
+        model: a transformers decoder.
+        slots: the cache as the model shall see it.
+        seen: real tokens seen per row, [B] int64.
+        valid: which new tokens are real, [B, S] bool, or None if all are.
+        empty: empty slots on the left of each row, [B] int64, or None if there are none.
+        tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, hidden].
+        options: further arguments of the model.
+
+    Returns:
+        The model's output, and the real tokens seen after it.
+    """
+    batch, length = next(iter(tokens.values())).shape[:2]
+    held = slots.get_seq_length()
+    if valid is None:
+        position_ids = seen[:, None] + torch.arange(length, device=seen.device)
+        slots.positions = position_ids.int()
+        seen_after = seen + length
+    else:
+        index = seen[:, None] + valid.long().cumsum(-1) - 1
+        position_ids = index.where(valid, 0)
+        slots.positions = index.where(valid, -1).int()
+        seen_after = seen + valid.sum(-1)
+    mask = valid
+    if held and (valid is not None or empty is not None):
+        new = valid if valid is not None else torch.ones(batch, length, dtype=torch.bool, device=seen.device)
+        past = torch.ones(batch, held, dtype=torch.bool, device=seen.device)
+        if empty is not None:
+            past = torch.arange(held, device=seen.device) >= empty[:, None]
+        mask = torch.cat([past, new], -1)
+    out = model(
+        attention_mask=mask, position_ids=position_ids, past_key_values=slots, use_cache=True, **tokens, **options
+    )
+    return out, seen_after
+
+
+class Engine:
+    """The compiled steps of one model on one backend. It does not keep the model alive.
+
+    Attributes:
+        reports: what the passes did to each graph, by the key of its step.
+    """
+
+    def __init__(self, name: str, backend: str) -> None:
+        self.name = name
+        self.backend = backend
+        self.reports: dict[tuple[Any, ...], list[Report]] = {}
+        self._steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def run(
+        self, model: nn.Module, phase: str, plan: Plan, on_refuse: str, slots: SlotCache, *inputs: Any
+    ) -> tuple[Any, Tensor]:
+        """Run one step; compile it if its like has not run before.
+
+        Args:
+            model: the plain model; its parameters are used where they are.
+            phase: "prefill", "extend" or "decode"; only keeps their graphs apart.
+            plan: what the step evicts.
+            on_refuse: "warn" or "error".
+            slots: the cache as the model shall see it.
+            inputs: the further arguments of `step`.
+        """
+        if plan.score is None:
+            on_refuse = "warn"  # nothing is evicted, so nothing can be refused
+        key = (phase, plan, on_refuse, slots.counts is not None or inputs[1] is not None or inputs[2] is not None)
+        with self._lock:
+            if key not in self._steps:
+                self._steps[key] = capture.compile_with(step, self._rewrite(key), self.backend)
+        try:
+            with torch.no_grad():
+                return self._steps[key](model, slots, *inputs)
+        except capture.CompileError as error:
+            raise _unwrap(error, self.name) from error
+
+    def _rewrite(self, key: tuple[Any, ...]) -> Callable[[fx.GraphModule], None]:
+        _, plan, on_refuse, _ = key
+
+        def rewrite(module: fx.GraphModule) -> None:
+            report = passes.run(module, plan)
+            if plan.score is not None:
+                _judge(report, self.name, on_refuse)
+            self.reports.setdefault(key, []).append(report)
+
+        return rewrite
+
+
+def _judge(report: Report, model: str, on_refuse: str) -> None:
+    """Complain about what was left alone."""
+    if not report.sites:
+        found = ", ".join(f"{n} x {op}" for op, n in sorted(report.leftovers.items())) or "no attention-like op at all"
+        refused = "".join(f"\n  {reason}" for reason in report.reasons())
+        raise UnsupportedModel(
+            f"no attention was recognised in {model}. Found instead: {found}.{refused}\n"
+            "Expected scaled_dot_product_attention: load the model with attn_implementation='sdpa'."
+        )
+    if not report.reasons():
+        return
+    text = (
+        f"{len(report.compressed)} of {report.layers} cache layers of {model} are compressed; the others are kept whole:\n  "
+        + "\n  ".join(report.reasons())
+    )
+    if on_refuse == "error":
+        raise SiteRefused(text + "\nPass on_refuse='warn' to go on with what is understood.")
+    warnings.warn(text, stacklevel=2)
+
+
+def _unwrap(error: BaseException, model: str) -> BaseException:
+    """The error of ours inside one of Dynamo's, or what Dynamo could not trace."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, KvfxError):
+            return inner
+        inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner.__context__
+    if capture.is_graph_break(error):
+        return UnsupportedModel(
+            f"{model} cannot be traced as one graph, so nothing was compressed: {str(error).splitlines()[0]}"
+        )
+    return error
+
+
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, dict[str, Engine]] = weakref.WeakKeyDictionary()
+_ENGINES_LOCK = threading.Lock()
+
+
+def engine_of(model: nn.Module, backend: str) -> Engine:
+    """The engine that all compressed models of `model` share."""
+    with _ENGINES_LOCK:
+        engines = _ENGINES.setdefault(model, {})
+        return engines.setdefault(backend, Engine(type(model).__name__, backend))

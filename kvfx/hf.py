@@ -1,0 +1,95 @@
+"""transformers: what a model is made of, and its private parts. No other file reaches into transformers beyond its public names."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import transformers
+from torch import nn
+
+from kvfx.errors import UnsupportedModel
+
+
+def unwrap(model: nn.Module) -> transformers.PreTrainedModel:
+    """The plain transformers decoder inside a compiled, adapted or already compressed model.
+
+    Raises:
+        UnsupportedModel: it is no transformers decoder, or in a state that is not supported; the message says which.
+    """
+    seen = model
+    while True:
+        if hasattr(seen, "_kvfx"):
+            seen = seen._kvfx.base
+        elif hasattr(seen, "_orig_mod"):
+            seen = seen._orig_mod
+        elif hasattr(seen, "peft_config") and hasattr(seen, "get_base_model"):
+            if getattr(seen.active_peft_config, "is_prompt_learning", False):
+                raise UnsupportedModel(
+                    f"{type(seen).__name__} learns prompts ({seen.active_peft_config.peft_type}), which are slots that no "
+                    "token stands for. Use an adapter that changes weights (LoRA), or merge it."
+                )
+            seen = seen.get_base_model()
+        else:
+            break
+    _check(seen)
+    return seen
+
+
+def _check(model: nn.Module) -> None:
+    name = type(model).__name__
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise UnsupportedModel(
+            f"{name} is not a transformers model. Expected a causal decoder such as AutoModelForCausalLM.from_pretrained(...); "
+            "decoders written by hand are not supported yet."
+        )
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise UnsupportedModel(
+            f"{name} is no causal decoder: it {'is an encoder-decoder' if model.config.is_encoder_decoder else 'cannot generate'}, "
+            "so there is no KV cache of a prompt to compress. Expected a model of AutoModelForCausalLM."
+        )
+    if model.training:
+        raise UnsupportedModel(f"{name} is in training mode; compression is for inference. Call model.eval() first.")
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise UnsupportedModel(
+            f"{name} is spread over devices {sorted(map(str, devices))}, which is not tested. Load it on one device "
+            "(device_map={'': 0})."
+        )
+    hooked = next((path for path, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
+    if hooked is not None and len(devices) != 1:
+        raise UnsupportedModel(
+            f"{name} has offloading hooks (at `{hooked or 'the model'}`), which are not supported. Load it without."
+        )
+
+
+def clone(model: transformers.PreTrainedModel, mixin: type) -> Any:
+    """A model of the same class with `mixin` in front, sharing all parameters, buffers and submodules with `model`."""
+    twin = copy.copy(model)
+    twin.__dict__.pop("forward", None)  # model.forward = torch.compile(...) stays with the original
+    twin.__dict__.pop("_compiled_call_impl", None)  # as does model.compile()
+    base = type(model)
+    twin.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    return twin
+
+
+def forward_signature(model: nn.Module) -> inspect.Signature:
+    """Parameters of the model's own forward, without `self`."""
+    signature = inspect.signature(type(model).forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def layer_count(model: transformers.PreTrainedModel) -> int:
+    """Cache layers of the model's decoder."""
+    return model.config.get_text_config(decoder=True).num_hidden_layers
+
+
+def adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that change the model's output now."""
+    active: set[str] = set()
+    for module in model.modules():
+        names = getattr(module, "active_adapters", None)
+        if isinstance(names, (list, tuple)) and hasattr(module, "lora_A") and not module.disable_adapters:
+            active |= {name for name in names if name in module.lora_A}
+    return tuple(sorted(active))

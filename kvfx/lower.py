@@ -1,0 +1,79 @@
+"""From a policy to the Plan that the passes read.
+
+The fraction kept is not part of a Plan, so policies that differ in it alone share their graphs. (`blend=removed` is the
+exception: it weighs a score by that fraction.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kvfx import algebra
+from kvfx.errors import PolicyError
+from kvfx.passes import plan
+from kvfx.passes.plan import Plan
+from kvfx.policy import Policy
+
+OPS = {"+": "add", "-": "sub", "*": "mul"}
+
+
+def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
+    """Return the Plan of a policy.
+
+    Args:
+        policy: what to keep.
+        sketches: per layer, a matrix `[Hkv, D, size]` or `[B, Hkv, D, size]` in place of the one drawn from the seed.
+    """
+    if policy.score is None or policy.budget is None:
+        return Plan(None)
+    lowered = Plan(_expr(policy.score, policy.budget.keep), policy.protect.sinks, policy.protect.recent)
+    if sketches is None:
+        return lowered
+    sizes = {call.sketch.size for call in lowered.calls() if call.sketch}
+    if {sketch.shape[-1] for sketch in sketches} != sizes:
+        shapes = ", ".join(sorted({str(list(sketch.shape)) for sketch in sketches}))
+        raise PolicyError(
+            f"sketches of shape {shapes or 'none'} do not fit {policy.name}, whose sketches have "
+            f"{' and '.join(map(str, sorted(sizes))) or 'no'} columns. Give one [Hkv, D, size] per layer, or none."
+        )
+    return Plan(lowered.score, lowered.sinks, lowered.recent, tuple(sketches), sketch_digest(sketches))
+
+
+def sketch_digest(sketches: Sequence[Tensor]) -> str:
+    """Return the sha256 over shapes, dtypes and bytes, which stands for the sketches in cache keys and comparisons."""
+    digest = hashlib.sha256()
+    for sketch in sketches:
+        digest.update(f"{list(sketch.shape)} {sketch.dtype};".encode())
+        digest.update(sketch.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _expr(score: algebra.Score, keep: Fraction | None) -> plan.Expr:
+    match score:
+        case algebra.Number(value):
+            return plan.Scalar(value)
+        case algebra.Atom(_, values):
+            return _combine("*", plan.Scalar(float(score.row.sign)), score.row.lower(dict(values), keep))
+        case algebra.ZScore(of):
+            return plan.ZScore(_expr(of, keep))
+        case algebra.Combine(op, left, right):
+            return _combine(op, _expr(left, keep), _expr(right, keep))
+
+
+def _combine(op: str, left: plan.Expr, right: plan.Expr) -> plan.Expr:
+    """Combine two expressions, fold constants and put a product's factor first, so that `-knorm` is one op call."""
+    match op, left, right:
+        case _, plan.Scalar(a), plan.Scalar(b):
+            return plan.Scalar({"+": a + b, "-": a - b, "*": a * b}[op])
+        case "*", plan.Scalar(1), _:
+            return right
+        case "*", plan.Scalar(a), plan.Combine("mul", plan.Scalar(b), of):
+            return _combine("*", plan.Scalar(a * b), of)
+        case "*", _, plan.Scalar():
+            return _combine("*", right, left)
+    return plan.Combine(OPS[op], left, right)

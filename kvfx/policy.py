@@ -1,0 +1,188 @@
+"""Policy: what to keep of a KV cache, as a value. Text, dataclass tree, JSON and YAML are four forms of the same one.
+
+    compactor:0.5 | protect(sinks=64)
+
+A bare number in a budget is always the fraction **kept** of a row's own real tokens. The language is on one page,
+`docs/policy.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from kvfx import algebra, presets
+from kvfx.algebra import Atom, Score, ZScore, parts
+from kvfx.budget import Budget, Protect
+from kvfx.errors import PolicyError, unknown_name
+from kvfx.scores import SCORES
+
+NOTHING = Protect()
+AXES = ("score", "budget", "protect", "pos")
+# Axes and values that nothing lowers yet: named, so that the error can tell them from spelling mistakes.
+PLANNED = {
+    "unit": ("token", "chunk", "page", "span", "channel", "rowchannel", "head", "layer"),
+    "align": ("perhead", "shared", "composite", "reuse"),
+    "budget": ("heads", "layers"),
+    "when": ("prefill_end", "chunk", "every", "step", "segment", "overflow", "cascade", "offline"),
+    "evicted": ("drop", "compensate", "merge", "prototype", "demote"),
+    "store": ("fp16", "int8", "quant", "latent", "sparse", "pack"),
+    "pos": ("rerotate", "yarn"),
+    "route": ("route",),
+    "weights": ("svd", "rotate", "fuse"),
+    "share": ("alias", "merge_layers"),
+}
+
+
+def axis_error(axis: str, value: str = "") -> PolicyError:
+    """Return the error for an axis, or a value of one, that is not built or not known."""
+    what = f"{axis}={value}" if value else axis
+    if value in PLANNED.get(axis, ()) or (not value and axis in PLANNED):
+        built = {"budget": "budget=uniform(...)", "pos": "pos=keep"}.get(axis, f"the axes {', '.join(AXES)}")
+        return PolicyError(f"'{what}' is planned but not built yet, and nothing is ignored silently. Built: {built}.")
+    if value:
+        return unknown_name(f"value of the axis {axis}:", value, {"budget": ["uniform"], "pos": ["keep"]}.get(axis, ()))
+    return unknown_name("axis", axis, AXES)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to keep. `score=None` keeps everything, and then there is no budget."""
+
+    score: Score | None
+    budget: Budget | None = None
+    protect: Protect = NOTHING
+    pos: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.pos != "keep":
+            raise axis_error("pos", str(self.pos))
+        if self.score is None:
+            if self.budget or self.protect != NOTHING:
+                raise PolicyError("the score none keeps everything, so it takes no budget and no protect. Write: none.")
+            return
+        for part in parts(self.score):
+            if isinstance(part, ZScore) and not any(isinstance(inner, Atom) for inner in parts(part.of)):
+                raise PolicyError(f"zscore standardises a constant. Put a score atom inside: {', '.join(SCORES)}.")
+        if not any(self.atoms()):
+            raise PolicyError(f"the score is the same for every token. Use a score atom: {', '.join(SCORES)}.")
+        if self.budget is None:
+            raise PolicyError("the policy has no budget: say how much to keep, for example | budget=uniform(0.5).")
+        if self.budget.tokens is not None and self.budget.tokens < self.protect.total:
+            raise PolicyError(
+                f"tokens={self.budget.tokens} is less than the {self.protect.total} tokens of {self.protect}, and "
+                "protected tokens are inside the budget. Raise the one or lower the other."
+            )
+        if self.budget.rounding == "kvpress" and self.protect.total:
+            raise PolicyError(
+                f"round=kvpress counts without regard to {self.protect}. Leave protect out, or write round=floor."
+            )
+        for atom in self.atoms():
+            atom.row.lower(dict(atom.values), self.budget.keep)  # refuses values that do not fit the budget
+
+    def atoms(self) -> Iterator[Atom]:
+        """The score's atoms, left to right."""
+        return (part for part in parts(self.score) if isinstance(part, Atom)) if self.score else iter(())
+
+    @property
+    def batch_coupled(self) -> str:
+        """Why a row's result depends on the other rows of its batch; empty if it does not."""
+        return next((atom.row.batch_coupled for atom in self.atoms() if atom.row.batch_coupled), "")
+
+    @property
+    def name(self) -> str:
+        """A short label that parses to this policy: a preset such as `compactor:0.5`, or else the canonical text."""
+        return presets.label(str(self))
+
+    def with_keep(self, keep: float | str | Fraction) -> Policy:
+        """Return this policy with another fraction kept."""
+        if self.budget is None:
+            raise PolicyError(f"none keeps everything, so it cannot keep {keep}. Choose a policy with a score.")
+        return replace(self, budget=Budget(keep=keep, rounding=self.budget.rounding))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        if self.score is None:
+            return "none"
+        head = algebra.write(self.score)
+        if isinstance(self.score, Atom) and self.score.name in presets.PRESETS:
+            head = f"({head})"  # a bare name would be read as the preset
+        clauses = [str(self.protect)] if self.protect != NOTHING else []
+        return " | ".join([head, str(self.budget), *clauses])
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Read the text form; `PolicyError` says what is wrong with it and where."""
+        from kvfx.text import parse  # the parser builds policies, so it imports this module
+
+        return parse(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the policy as plain data, one item per axis."""
+        if self.score is None or self.budget is None:
+            return {"score": "none"}
+        protect = {"sinks": self.protect.sinks, "recent": self.protect.recent}
+        return {
+            "score": algebra.to_data(self.score),
+            "budget": self.budget.to_dict(),
+            "protect": protect,
+            "pos": self.pos,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Policy:
+        """Read what `to_dict` returns; what the text may leave out may be left out."""
+        for axis in data:
+            if axis not in AXES:
+                raise axis_error(str(axis))
+        if "score" not in data:
+            raise PolicyError("the policy has no score. Give one, for example {'score': {'knorm': {}}, 'budget': ...}.")
+        score, budget, protect = data["score"], data.get("budget"), data.get("protect", {})
+        if budget is not None and (not isinstance(budget, Mapping) or list(budget) != ["uniform"]):
+            raise axis_error("budget", str(next(iter(budget), "")) if isinstance(budget, Mapping) else str(budget))
+        return cls(
+            None if score == "none" else algebra.from_data(score),
+            Budget.from_dict(budget["uniform"]) if budget is not None else None,
+            Protect.from_dict(protect),
+            data.get("pos", "keep"),
+        )
+
+    def to_json(self) -> str:
+        """Return the policy as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """Read what `to_json` returns."""
+        try:
+            return as_policy(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"this policy is not JSON: {error}") from None
+
+    def to_yaml(self) -> str:
+        """Return the policy as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Policy:
+        """Read what `to_yaml` returns."""
+        try:
+            return as_policy(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise PolicyError(f"this policy is not YAML: {error}") from None
+
+
+def as_policy(value: str | Mapping[str, Any] | Policy) -> Policy:
+    """Return a policy from any form a user may write it in: text, plain data, or the policy itself."""
+    match value:
+        case Policy():
+            return value
+        case str():
+            return Policy.parse(value)
+        case Mapping():
+            return Policy.from_dict(value)
+    raise PolicyError(f"{value!r} is not a policy: expected text such as 'compactor:0.5', a dict, or a kvfx.Policy.")

@@ -1,0 +1,66 @@
+"""Link each attention to the write of its keys and values into a cache, and find the tensors that a score will read."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from kvfx.passes.cache_write import WRITE
+from kvfx.passes.graph import aten, is_call
+from kvfx.passes.plan import Plan
+from kvfx.passes.pre_rope import pre_rope_key
+from kvfx.passes.report import Refusal, Refuse, Report, Site
+
+
+def attach_cache(module: fx.GraphModule, plan: Plan, report: Report) -> None:
+    """Fill in each site's cache spelling and layer; where it evicts, its `cache_write` and the taps of the plan."""
+    for site in report.sites:
+        try:
+            _attach(site)
+            if "write" in site.nodes:
+                _tap(site, plan)
+        except Refuse as refuse:
+            site.refusal = refuse.reason
+    taken = {site.nodes["write"] for site in report.sites if "write" in site.nodes}
+    writes = module.graph.find_nodes(op="call_function", target=WRITE)
+    report.layers = len(writes)
+    for write in writes:
+        if write not in taken:
+            reason = f"cache layer {write.args[5]} stores keys that no attention found in this graph reads"
+            report.refusals.append(Refusal("attach_cache", reason, write.name))
+
+
+def _attach(site: Site) -> None:
+    """The keys that attention reads are new ones, or a growing cache with new ones behind it."""
+    key, value = site.nodes["key"], site.nodes["value"]
+    if is_call(key, aten.cat.default) and is_call(value, aten.cat.default):
+        past_key, new_key = _halves(key)
+        _, new_value = _halves(value)
+        if past_key.op != "placeholder":
+            raise Refuse(f"keys are joined to `{past_key.name}`, which is no input of the graph", key)
+        site.cache = "cat"
+    else:
+        new_key, new_value = key, value
+        site.cache = "new"
+    write = next((user for user in new_key.users if is_call(user, WRITE) and user.args[0] is new_key), None)
+    if write is None:
+        if site.cache == "new" and not any(user.op == "output" for user in key.users):
+            raise Refuse(f"the keys `{key.name}` that attention reads are not what a cache stores", key)
+        return
+    if write.args[1] is not new_value:
+        raise Refuse(f"the values `{new_value.name}` that attention reads are not what the cache stores", value)
+    site.layer = write.args[5]
+    site.nodes |= {"write": write, "key": new_key, "value": new_value}
+
+
+def _halves(cat: fx.Node) -> tuple[fx.Node, fx.Node]:
+    tensors, axis = cat.args[0], cat.args[1] if len(cat.args) > 1 else 0
+    if len(tensors) != 2 or axis not in (2, -2):
+        raise Refuse(f"`{cat.name}` joins {len(tensors)} tensors along axis {axis}, expected past and new along axis 2", cat)
+    return tensors[0], tensors[1]
+
+
+def _tap(site: Site, plan: Plan) -> None:
+    """Record the tensors that the plan's score reads here."""
+    if "pre_key" in plan.taps:
+        site.nodes["pre_key"] = pre_rope_key(site.nodes["key"])
+    site.taps = plan.taps

@@ -1,0 +1,122 @@
+"""Capture: from what `torch.compile` hands a backend to one flat graph of pre-dispatch ATen, and on to a backend.
+
+This is the only file that imports private parts of torch. Everything else in the passes sees an `fx.GraphModule` whose nodes are
+ATen calls with `meta["val"]`, where `aten.linear` and `aten.scaled_dot_product_attention` are still whole and lengths symbolic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx
+from torch._dynamo.backends.debugging import aot_eager
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+Compiled = Callable[..., Any]
+Rewrite = Callable[[fx.GraphModule], None]
+
+
+def _run_as_is(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    return graph.forward
+
+
+# Whatever goes wrong between Dynamo and a backend.
+CompileError = torch._dynamo.exc.TorchDynamoException
+
+
+def is_graph_break(error: BaseException) -> bool:
+    """Whether `error` says that some code cannot be traced."""
+    return isinstance(error, torch._dynamo.exc.Unsupported)
+
+
+# What a rewritten graph is handed to. "eager" runs it node by node, "aot_eager" through AOTAutograd, "inductor" compiles it.
+BACKENDS: dict[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {
+    "inductor": compile_fx,
+    "aot_eager": aot_eager,
+    "eager": _run_as_is,
+}
+
+
+def compile_with(function: Callable[..., Any], rewrite: Rewrite, backend: str) -> Compiled:
+    """Compile `function` as one graph, rewritten by `rewrite` before `backend` sees it.
+
+    Every call owns a code object: Dynamo counts its limit of graph variants per code object, so that two compiled models that
+    share Python code would use up each other's variants.
+    """
+
+    def capture_and_compile(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        aten = to_aten(graph, example_inputs)
+        rewrite(aten)
+        return BACKENDS[backend](aten, example_inputs)
+
+    code = function.__code__.replace(co_name=f"{function.__name__}_{id(capture_and_compile):x}")
+    own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return torch.compile(own, backend=capture_and_compile, fullgraph=True)
+
+
+def to_aten(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Retrace a Dynamo graph to pre-dispatch ATen, under Dynamo's own fake mode, so that its symbols stay Dynamo's.
+
+    Placeholders keep the name of what they came from in `meta["source"]`, e.g. `L['input_ids']`.
+    """
+    context = TracingContext.get()
+    fakes, sources = [], []
+    for node, example in zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
+        argument = node.meta.get("grapharg")
+        sources.append(argument.source.name if argument is not None and argument.source is not None else node.name)
+        if isinstance(example, Tensor) and not isinstance(example, FakeTensor):
+            example = _fake_like_dynamo(context, example)
+        elif not isinstance(example, Tensor):
+            example = node.meta["example_value"]
+        fakes.append(example)
+    with context.fake_mode, fx.traceback.preserve_node_meta():
+        run = fx.Interpreter(graph).run
+        aten = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    for node, source, example in zip(aten.graph.find_nodes(op="placeholder"), sources, example_inputs, strict=True):
+        node.meta["source"] = source() if callable(source) else source
+        node.meta["is_parameter"] = isinstance(example, torch.nn.Parameter)
+    return aten
+
+
+def _fake_like_dynamo(context: TracingContext, tensor: Tensor) -> FakeTensor:
+    """The fake that Dynamo made of `tensor`, with the same symbols."""
+    symbolic = context.tensor_to_context.get(tensor)
+    if symbolic is None:
+        return context.fake_mode.from_tensor(tensor, static_shapes=True)
+    source = symbolic.tensor_source
+    return context.fake_mode.from_tensor(tensor, static_shapes=False, symbolic_context=symbolic, source=source)
+
+
+def trace(function: Callable[..., Any], *fakes: Any) -> fx.GraphModule:
+    """Trace `function` on fake arguments to pre-dispatch ATen."""
+    with fake_mode_of(fakes):
+        return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+
+@contextlib.contextmanager
+def fake_mode_of(values: Sequence[Any]) -> Iterator[None]:
+    """Enter the fake mode that the tensors among `values` belong to."""
+    fake = next((value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor)), None)
+    with fake.fake_mode if fake is not None else contextlib.nullcontext():
+        yield
+
+
+def mark_dynamic(tensor: Tensor, *dims: int) -> None:
+    """Let the sizes of `dims` vary without a new graph. Sizes 0 and 1 are specialised whatever the mark."""
+    torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
+
+
+def frees_memory_early() -> bool:
+    """Whether Inductor orders nodes for peak memory, without which a layer's full cache outlives its layer."""
+    return bool(inductor_config.reorder_for_peak_memory)

@@ -1,0 +1,54 @@
+"""Keep the best slots: protect, select, compact, and store the result in place of the whole."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from kvfx.passes.cache_write import WRITE
+from kvfx.passes.graph import aten, call, replace_outputs, sort_topologically, val
+from kvfx.passes.plan import Plan
+from kvfx.passes.report import Report
+
+kvfx = torch.ops.kvfx
+
+
+def insert_eviction(module: fx.GraphModule, plan: Plan, report: Report) -> None:
+    """Replace every `cache_write`: by the kept slots where the site has a score, else by everything."""
+    graph = module.graph
+    scored = {site.nodes["write"]: site for site in report.sites if "score" in site.nodes}
+    for write in graph.find_nodes(op="call_function", target=WRITE):
+        key, value, positions, counts, size, _ = write.args
+        if write not in scored:
+            replace_outputs(write, _keep_all(graph, write))
+            continue
+        site = scored[write]
+        with graph.inserting_before(_behind(site.nodes["score"])):
+            count = call(graph, operator.sub, call(graph, aten.sym_size.int, size, 0), 1)
+            protected = call(graph, kvfx.protect.default, site.nodes["score"], site.nodes["valid"], plan.sinks, plan.recent)
+            scores, finite = (call(graph, operator.getitem, protected, i) for i in range(2))
+            slots = call(graph, kvfx.select.default, scores, count, counts)
+            compact = call(graph, kvfx.compact.default, key, value, positions, slots, counts is not None)
+            kept = [call(graph, operator.getitem, compact, i) for i in range(3)]
+        site.nodes["kept"] = kept[0]
+        replace_outputs(write, [*kept, finite])
+    sort_topologically(graph)
+
+
+def _behind(node: fx.Node) -> fx.Node:
+    return node.next
+
+
+def _keep_all(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
+    key, value, positions = write.args[:3]
+    with graph.inserting_before(write):
+        batch, heads, length = val(key).shape[0], val(key).shape[1], val(key).shape[2]
+        per_head = call(graph, aten.unsqueeze.default, positions, 1)
+        sizes = [
+            size if isinstance(size, int) else call(graph, aten.sym_size.int, key, axis)
+            for axis, size in enumerate((batch, heads, length))
+        ]
+        finite = call(graph, aten.ones.default, [], dtype=torch.bool, device=val(key).device)
+        return [key, value, call(graph, aten.expand.default, per_head, sizes), finite]

@@ -1,0 +1,81 @@
+"""Put the plan's score beside each site that evicts, as kernel ops on the site's own tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvfx.kernels.leverage import draw_sketch
+from kvfx.passes.graph import aten, call, constant, val
+from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, ZScore
+from kvfx.passes.report import Report, Site
+
+ARITHMETIC = {"add": aten.add.Tensor, "sub": aten.sub.Tensor, "mul": aten.mul.Tensor}
+
+
+def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
+    """Compute each evicting site's score [B, Hkv, S], fp32, right after its attention."""
+    for site in report.sites:
+        if "write" not in site.nodes or site.refusal:
+            continue
+        with module.graph.inserting_after(site.nodes["attention"]):
+            # Nodes are added in front of a placeholder node, so that they stand in the order in which they are made.
+            end = module.graph.call_function(torch.ops.kvfx.attention.default)
+        with module.graph.inserting_before(end):
+            builder = _Builder(module, site, plan)
+            site.nodes["valid"] = builder.valid()
+            site.nodes["score"] = builder.build(plan.score)
+        module.graph.erase_node(end)
+        site.score = " ".join(dict.fromkeys(op.op for op in plan.calls()))
+
+
+class _Builder:
+    def __init__(self, module: fx.GraphModule, site: Site, plan: Plan) -> None:
+        self.module, self.graph, self.site, self.plan = module, module.graph, site, plan
+
+    def valid(self) -> fx.Node | None:
+        """Which tokens are real, [B, S], or None if all are: padding shows as position -1."""
+        write = self.site.nodes["write"]
+        return call(self.graph, aten.ge.Scalar, write.args[2], 0) if write.args[3] is not None else None
+
+    def build(self, expr: Expr | None) -> Any:
+        match expr:
+            case Scalar(value):
+                return value
+            case ZScore(of):
+                scored = self.build(of)
+                return self.op("zscore", scored, self.site.nodes["valid"], self.plan.sinks, self.plan.recent)
+            case Combine(op, left, right):
+                a, b = self.build(left), self.build(right)
+                if not isinstance(a, fx.Node):
+                    # ATen takes the tensor first: number - x is -x + number.
+                    a, b = (self.build(Combine("mul", right, Scalar(-1.0))), a) if op == "sub" else (b, a)
+                    op = "add" if op == "sub" else op
+                return call(self.graph, ARITHMETIC[op], a, b)
+            case OpCall():
+                return self.call(expr)
+        raise AssertionError(f"no such score expression: {expr!r}")
+
+    def call(self, expr: OpCall) -> fx.Node:
+        """Arguments by the op's schema: taps in order, then by name."""
+        schema = getattr(torch.ops.kvfx, expr.op).default._schema
+        given: dict[str, Any] = dict(expr.options) | {"valid": self.site.nodes["valid"], "layer": self.site.layer}
+        if expr.sketch is not None:
+            given["sketch"] = self.sketch(expr)
+        names = [argument.name for argument in schema.arguments]
+        given |= dict(zip(names, (self.site.nodes[tap] for tap in expr.taps), strict=False))
+        return self.op(expr.op, *(given.get(name) for name in names))
+
+    def sketch(self, expr: OpCall) -> fx.Node:
+        layer, key = self.site.layer, self.site.nodes["key"]
+        heads, dim, sketch = self.site.kv_heads, self.site.head_dim, expr.sketch
+        if self.plan.sketches is not None:
+            tensor = self.plan.sketches[layer]
+        else:
+            tensor = draw_sketch(sketch.seed, layer, heads, dim, sketch.size)
+        return constant(self.module, f"sketch_{layer}_{sketch.size}_{sketch.seed}", tensor, val(key))
+
+    def op(self, name: str, *args: Any) -> fx.Node:
+        return call(self.graph, getattr(torch.ops.kvfx, name).default, *args)

@@ -1,0 +1,112 @@
+"""Recover the key before RoPE by dataflow, not by template.
+
+RoPE multiplies token data by something that depends on the position alone. Walking up from the roped key, everything that still
+descends from such a product is roped; the unroped token data that enter there are the key before RoPE, whole or in pieces (halves,
+pairs, a rotated part beside a passed-through one). The pieces of one tensor lead back to it through views.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from kvfx.passes.graph import VIEWS, aten, is_call, slice_of, val
+from kvfx.passes.report import Refuse
+
+MULTIPLY = (aten.mul.Tensor, aten.einsum.default, aten.view_as_complex.default)
+PIECES = VIEWS | {aten.neg.default, aten.cat.default, aten.stack.default, aten.copy.default}
+
+
+def pre_rope_key(key: fx.Node) -> fx.Node:
+    """The node that holds `key` before RoPE, with the same shape; `key` itself in a model without RoPE.
+
+    Raises:
+        Refuse: the pieces that RoPE reads do not lead back to one tensor of the key's shape.
+    """
+    ancestors = slice_of([key])
+    token = _token_data(key.graph, ancestors)
+    position = _position_data(key.graph, ancestors - token)
+    roped = _roped(key.graph, ancestors & token, position)
+    if key not in roped:
+        return key
+    inside = {node for node in _down_to(key, roped)}
+    entries = {source for node in inside for source in node.all_input_nodes if source in token and source not in roped}
+    return _whole(entries, key)
+
+
+def _token_data(graph: fx.Graph, ancestors: set[fx.Node]) -> set[fx.Node]:
+    """Nodes whose value depends on the tokens: whatever descends from an embedding or from given embeddings."""
+    token: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node not in ancestors:
+            continue
+        starts = is_call(node, aten.embedding.default) or "inputs_embeds" in node.meta.get("source", "")
+        if starts or (_is_tensor(node) and any(source in token for source in node.all_input_nodes)):
+            token.add(node)
+    return token
+
+
+def _position_data(graph: fx.Graph, others: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that know where a token stands: what descends from a range or from an integer input."""
+    position: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node not in others or not _is_tensor(node):
+            continue
+        is_index = node.op == "placeholder" and not val(node).is_floating_point()
+        is_range = is_call(node, aten.arange.default, aten.arange.start, aten.arange.start_step)
+        if is_index or is_range or any(source in position for source in node.all_input_nodes):
+            position.add(node)
+    return position
+
+
+def _roped(graph: fx.Graph, token: set[fx.Node], position: set[fx.Node]) -> set[fx.Node]:
+    """Token data that were multiplied by position data, since the last time they were mixed over the channels."""
+    roped: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node not in token or _projects(node):
+            continue
+        product = is_call(node, *MULTIPLY) and any(source in position for source in node.all_input_nodes)
+        if product or any(source in roped for source in node.all_input_nodes):
+            roped.add(node)
+    return roped
+
+
+def _projects(node: fx.Node) -> bool:
+    """Whether `node` makes new token data, so that what was done to its input no longer shows."""
+    return is_call(
+        node, aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.matmul.default,
+        aten.embedding.default, aten.layer_norm.default,
+    )  # fmt: skip
+
+
+def _down_to(key: fx.Node, roped: set[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    todo = [key]
+    while todo:
+        node = todo.pop()
+        if node in roped and node not in seen:
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def _whole(entries: set[fx.Node], key: fx.Node) -> fx.Node:
+    """The nearest tensor of the key's shape that all entries are pieces of."""
+    shape = tuple(str(size) for size in val(key).shape)
+    chains = [_chain(entry) for entry in sorted(entries, key=lambda node: node.name)]
+    for candidate in chains[0] if chains else ():
+        if tuple(str(size) for size in val(candidate).shape) == shape and all(candidate in chain for chain in chains):
+            return candidate
+    names = ", ".join(f"`{chain[0].name}`" for chain in chains)
+    raise Refuse(f"the key before RoPE was not found: {names or 'nothing'} does not lead back to one tensor of shape {shape}", key)
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """`node` and what it is a piece of, nearest first. Joined pieces continue with what all of them are pieces of."""
+    if not is_call(node, *PIECES):
+        return [node]
+    chains = [_chain(source) for source in node.all_input_nodes if _is_tensor(source)]
+    return [node, *(step for step in chains[0] if all(step in chain for chain in chains))]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return hasattr(node.meta.get("val"), "dim") or isinstance(node.meta.get("val"), (tuple, list))

@@ -1,0 +1,107 @@
+"""Report: what the passes found, what they did, and why they left something alone. Plain data, printed or read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+
+
+class Refuse(Exception):  # noqa: N818 - a verb, as guards read: raise Refuse(reason)
+    """Raised by a guard: this site is not understood. Never leaves the passes."""
+
+    def __init__(self, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.node = node
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that looked like attention and was left exactly as it was."""
+
+    rule: str
+    reason: str
+    node: str
+    source: str = ""
+
+
+@dataclass
+class Site:
+    """One attention in one layer. The nodes live only while the passes run."""
+
+    rule: str
+    index: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    spelling: str = ""
+    layer: int | None = None
+    cache: str = ""
+    taps: tuple[str, ...] = ()
+    score: str = ""
+    lowering: str = ""
+    refusal: str = ""
+    nodes: dict[str, fx.Node] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """How messages call the site."""
+        return f"layer {self.layer}" if self.layer is not None else f"attention {self.index}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The site without its nodes."""
+        return {name: value for name, value in asdict(self).items() if name != "nodes"}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        return Site(**self.as_dict())
+
+
+@dataclass
+class Report:
+    """What happened to one graph.
+
+    Attributes:
+        sites: attention sites in graph order, each compressed, merely found, or refused with its reason.
+        refusals: nodes that a rule's pattern nearly described.
+        layers: cache layers that the graph writes under a plan.
+        leftovers: op counts worth knowing when no site was found, e.g. softmax calls.
+        seconds: time spent in each pass.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    layers: int = 0
+    leftovers: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def compressed(self) -> list[Site]:
+        """Sites whose cache write keeps only what the score chose."""
+        return [site for site in self.sites if site.score and not site.refusal]
+
+    @property
+    def coverage(self) -> float:
+        """Compressed share of the cache layers that this graph writes, in [0, 1]."""
+        return len(self.compressed) / self.layers if self.layers else 0.0
+
+    def reasons(self) -> list[str]:
+        """Why places were left alone, one line each."""
+        refused = [f"{site.name} ({site.rule}): {site.refusal}" for site in self.sites if site.refusal]
+        return refused + [f"{refusal.node} ({refusal.rule}): {refusal.reason}" for refusal in self.refusals]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON-ready data."""
+        return {
+            "coverage": self.coverage,
+            "sites": [site.as_dict() for site in self.sites],
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+            "leftovers": self.leftovers,
+            "seconds": self.seconds,
+        }
+
+    def forget_nodes(self) -> None:
+        """Let go of the graph."""
+        for site in self.sites:
+            site.nodes = {}

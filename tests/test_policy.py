@@ -1,0 +1,372 @@
+"""The policy language: four equal forms, presets, errors, counts, and what a policy is lowered to."""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvfx.passes import plan
+from kvfx.passes.plan import OpCall, Plan, Scalar, Sketch
+
+from kvfx.algebra import Atom, Combine, Number, ZScore
+from kvfx.budget import Budget, Protect
+from kvfx.errors import PolicyError
+from kvfx.lower import lower, sketch_digest
+from kvfx.policy import PLANNED, Policy, as_policy
+from kvfx.presets import PRESETS, table_markdown
+from kvfx.scores import SCORES, Int, OneOf, Real, Word
+
+DOCS = Path(__file__).parent.parent / "docs" / "policy.md"
+
+
+def values(takes):
+    match takes:
+        case Int(least, odd):
+            return st.integers(least, 10**6).map(lambda n: n | 1 if odd else n)
+        case Real():
+            return st.floats(-1e30, 1e30, allow_nan=False)
+        case OneOf(words, number):
+            choices = [
+                st.just(Word(w)) if n is None else values(n).map(lambda n, w=w: Word(w, n)) for w, n in words.items()
+            ]
+            return st.one_of(*choices, *([values(number)] if number else []))
+
+
+def atoms():
+    rows = [st.fixed_dictionaries({p.name: values(p.takes) for p in row.params}) for row in SCORES.values()]
+    return st.one_of(*(args.map(lambda args, n=name: Atom(n, **args)) for name, args in zip(SCORES, rows, strict=True)))
+
+
+def scores():
+    def grow(inner):
+        with_atom = st.one_of(atoms(), st.builds(Combine, st.sampled_from("+-*"), atoms(), inner))
+        return st.one_of(st.builds(ZScore, with_atom), st.builds(Combine, st.sampled_from("+-*"), inner, inner))
+
+    numbers = st.builds(Number, st.one_of(st.sampled_from([-1.0, 0.0, 1.0]), values(Real())))
+    leaves = st.recursive(st.one_of(numbers, atoms()), grow, max_leaves=8)
+    return st.one_of(atoms(), st.builds(Combine, st.sampled_from("+-*"), leaves, atoms()), st.builds(ZScore, atoms()))
+
+
+KEEPS = st.one_of(
+    st.integers(1, 10**9).map(lambda n: Fraction(n, 10**9)),
+    st.integers(1, 1000).flatmap(lambda d: st.integers(1, d).map(lambda n: Fraction(n, d))),
+)
+
+
+@st.composite
+def policies(draw):
+    score = draw(scores())
+    kvpress = st.builds(Budget, KEEPS, rounding=st.just("kvpress"))
+    budget = draw(st.one_of(st.builds(Budget, KEEPS), st.builds(Budget, tokens=st.integers(1, 10**6)), kvpress))
+    ends = st.integers(0, 2**20 if budget.tokens is None else budget.tokens // 2)
+    protect = draw(st.builds(Protect, ends, ends)) if budget.rounding == "floor" else Protect()
+    try:
+        return Policy(score, budget, protect)
+    except PolicyError:  # blend=removed under a count
+        return Policy(score, Budget(draw(KEEPS)), protect)
+
+
+@settings(max_examples=70, deadline=None)
+@given(st.one_of(policies(), st.just(Policy(None))))
+def test_all_forms_are_the_same_value(policy):
+    forms = [
+        Policy.parse(str(policy)),
+        Policy.parse(policy.name),
+        Policy.from_dict(policy.to_dict()),
+        Policy.from_json(policy.to_json()),
+        Policy.from_yaml(policy.to_yaml()),
+        as_policy(str(policy)),
+        as_policy(policy.to_dict()),
+        as_policy(policy),
+    ]
+    assert set(forms) == {policy}
+    assert {str(form) for form in forms} == {str(policy)}
+
+
+@settings(max_examples=25, deadline=None)
+@given(policies(), policies())
+def test_text_is_unique_per_value(one, other):
+    assert (str(one) == str(other)) == (one == other)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_canonical_and_labelled(name):
+    policy = Policy.parse(name)
+    assert str(policy) == PRESETS[name].text
+    assert policy.name == (name if name == "none" else f"{name}:0.5")
+    assert Policy.parse(policy.name) == policy
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_number_of_a_preset_has_a_source(name):
+    preset = PRESETS[name]
+    unsourced = re.sub(r"\{\w+\}", "", preset.policy)
+    for key, source in preset.sources.items():
+        assert key in preset.params or key in preset.policy, f"{key} is not in the preset"
+        assert source
+        unsourced = unsourced.replace(key, "") if key not in preset.params else unsourced
+    assert not re.search(r"\d", unsourced), unsourced
+    assert set(preset.params) <= set(preset.sources)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("compactor", "compactor:0.5"),
+        ("compactor:25%", "compactor:0.25"),
+        ("compactor:1/3", "compactor:1/3"),
+        ("compactor(0.25)", "compactor:0.25"),
+        ("compactor:0.25(seed=3, blend=0.35)", "compactor(blend=0.35, seed=3):0.25"),
+        ("compactor@kvpress(blend=0.35):0.5", "compactor@kvpress(blend=0.35):0.5"),
+        ("random(7)", "random(seed=7):0.5"),
+        ("random:0.25(7)", "random(seed=7):0.25"),
+        ("-knorm | budget=uniform(keep=0.2)", "knorm:0.2"),
+        ("  none ", "none"),
+        ("leverage | budget=uniform(0.5)", "leverage(48, rope=pre, per=chunk(512), seed=0) | budget=uniform(0.5)"),
+    ],
+)
+def test_labels_are_short(text, label):
+    assert Policy.parse(text).name == label
+    assert Policy.parse(label) == Policy.parse(text)
+
+
+def test_positional_and_named_arguments_are_the_same():
+    one = Policy.parse("leverage(32, post) | budget=uniform(0.5)")
+    assert one == Policy.parse("leverage(rope=post, size=32.0) | budget=uniform(50%)")
+    assert one == Policy(Atom("leverage", 32, "post"), Budget(0.5))
+    assert hash(one) == hash(Policy(Atom("leverage", rope=Word("post"), size=32), Budget(Fraction(1, 2))))
+
+
+@pytest.mark.parametrize(
+    ("text", "budget", "protect"),
+    [
+        ("compactor:0.25 | protect(sinks=64)", Budget(0.25), Protect(64, 4)),
+        ("compactor | budget=uniform(tokens=1024) | protect(recent=0)", Budget(tokens=1024), Protect(8, 0)),
+        ("compactor | budget=uniform(0.3)", Budget(0.3), Protect(8, 4)),
+        ("compactor@kvpress | budget=uniform(0.3)", Budget(0.3, rounding="kvpress"), Protect()),
+        ("knorm:0.3 | budget=uniform(round=kvpress)", None, None),
+        ("compactor:0.3 | score=-knorm | pos=keep", Budget(0.3), Protect(8, 4)),
+    ],
+)
+def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
+    if budget is None:
+        with pytest.raises(PolicyError, match="given twice"):
+            Policy.parse(text)
+    else:
+        policy = Policy.parse(text)
+        assert (policy.budget, policy.protect) == (budget, protect)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "compacter:0.5",
+            r"unknown policy 'compacter'. Did you mean 'compactor'\? Known: compactor, compactor@kvpress, knorm",
+        ),
+        ("snapkv", "unknown policy 'snapkv'.*leverage"),
+        ("compactor@engine:0.5", "unknown policy 'compactor@engine'"),
+        ("-knormal | budget=uniform(0.5)", r"unknown score 'knormal'. Did you mean 'knorm'\?"),
+        ("compactor(sed=3)", r"unknown argument of the preset compactor: 'sed'. Did you mean 'seed'\?"),
+        ("none:0.5", "unknown argument of the preset none: 'keep'"),
+        (
+            "leverage(48, ridge=1) | budget=uniform(0.5)",
+            "unknown argument of leverage: 'ridge'. Known: per, rope, seed, size",
+        ),
+        ("leverage(48, size=48) | budget=uniform(0.5)", "the argument size is given twice"),
+        ("random(1, 2, 3)", "takes 2 arguments at most"),
+        ("compactor:0", r"keep=0 is outside \(0, 1\]"),
+        ("compactor:1.5", r"keep=1.5 is outside \(0, 1\]"),
+        ("compactor:1e999", r"is outside \(0, 1\]"),
+        ("compactor:0.12345678912", "nine decimals at most"),
+        ("attn(q=win(64)) | budget=uniform(0.5)", r"attn\(q=win\(64\)\) is not built: q takes chunk\(n\)"),
+        ("attn(pool=avg(4)) | budget=uniform(0.5)", r"pool takes avg\(n\), n an odd integer >= 1 or none"),
+        ("1e999*knorm | budget=uniform(0.5)", "too large"),
+        (
+            "compactor | budget=uniform(tokens=8)",
+            r"tokens=8 is less than the 12 tokens of protect\(sinks=8, recent=4\)",
+        ),
+        ("compactor@kvpress | budget=uniform(tokens=8)", "rounds a fraction"),
+        ("kvpress_compactor | budget=uniform(tokens=8)", "the budget is a count"),
+        ("compactor@kvpress | protect(sinks=4)", "without regard to protect"),
+        ("compactor | protect(sinks=-1)", r"protect\(sinks=-1\) is not a number of tokens"),
+        ("compactor | protect(sinks=1) | protect(recent=1)", "the axis protect is given twice"),
+        ("-knorm | score=random | budget=uniform(0.5)", "the axis score is given twice"),
+        ("compactor:0.5 | budget=uniform(0.25)", "the budget is given twice"),
+        ("compactor | budget=uniform(0.5, tokens=3)", "either a fraction kept"),
+        ("compactor | budget=0.5", "names its pool"),
+        ("-knorm", "no budget"),
+        ("-knorm:0.5", "follows the name of a preset"),
+        ("none | budget=uniform(0.5)", "keeps everything"),
+        ("3 | budget=uniform(0.5)", "the same for every token"),
+        ("knorm + zscore(3) | budget=uniform(0.5)", "standardises a constant"),
+        ("compactor | budget=heads(0.3)", "'budget=heads' is planned but not built yet"),
+        ("compactor | pos=rerotate", "'pos=rerotate' is planned but not built yet.*Built: pos=keep"),
+        ("compactor | composite", "'align' is planned but not built yet"),
+        ("compactor | colour=red", "unknown axis 'colour'. Known: budget, pos, protect, score"),
+        ("compactor >> none", "stages in a row"),
+        ("compactor ; none", "phases"),
+    ],
+)
+def test_bad_policies_are_refused_with_their_reason(text, message):
+    with pytest.raises(PolicyError, match=message) as refusal:
+        Policy.parse(text)
+    assert text in str(refusal.value)
+
+
+@pytest.mark.parametrize("axis", sorted(set(PLANNED) - {"budget", "pos"}))
+def test_axes_that_are_not_built_are_refused(axis):
+    with pytest.raises(PolicyError, match=f"'{axis}' is planned but not built yet.*score, budget, protect, pos"):
+        Policy.parse(f"compactor:0.5 | {axis}={PLANNED[axis][0]}")
+    with pytest.raises(PolicyError, match=f"'{axis}' is planned"):
+        Policy.from_dict({**Policy.parse("compactor").to_dict(), axis: PLANNED[axis][0]})
+
+
+@pytest.mark.parametrize(
+    ("text", "caret", "expected"),
+    [
+        ("compactor:0.5 | protect(sinks=)", 30, "a name or a number"),
+        ("(knorm | budget=uniform(0.5)", 7, r"'\)'"),
+        ("compactor | ", 11, "a name"),
+    ],
+)
+def test_a_syntax_error_points_at_its_place(text, caret, expected):
+    with pytest.raises(PolicyError, match=f"Expected .*{expected}") as refusal:
+        Policy.parse(text)
+    _, shown, pointer, _ = str(refusal.value).splitlines()
+    assert shown.strip() == text.strip()
+    assert pointer.index("^") - 4 == caret
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"score": {"knorm": 3}, "budget": {"uniform": {"keep": 0.5}}},
+        {"score": {"knorm": {}}, "budget": 0.5},
+        {"score": {"knorm": {}}, "budget": {"uniform": {"ratio": 0.5}}},
+        {"score": {"knorm": {}}, "budget": {"uniform": {"keep": "half"}}},
+        {"score": {"leverage": {"size": True}}, "budget": {"uniform": {"keep": 0.5}}},
+        {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "protect": {"sinks": 1.5}},
+        3,
+    ],
+)
+def test_bad_data_is_refused(data):
+    with pytest.raises(PolicyError):
+        as_policy(data)
+
+
+def test_bad_json_and_yaml_are_refused():
+    with pytest.raises(PolicyError, match="not JSON"):
+        Policy.from_json("{")
+    with pytest.raises(PolicyError, match="not YAML"):
+        Policy.from_yaml("{")
+
+
+@given(
+    st.one_of(st.builds(Budget, KEEPS), st.builds(Budget, tokens=st.integers(1, 5000))),
+    st.integers(1, 10**6),
+    st.integers(0, 100),
+)
+def test_count_stays_within_its_bounds(budget, length, protected):
+    count = budget.count(length, protected)
+    assert 1 <= count <= length
+    assert count >= min(length, protected)
+    amount = budget.tokens or budget.keep * length
+    assert count <= max(1, protected, amount)
+
+
+@given(KEEPS, KEEPS, st.integers(1, 10**6), st.integers(0, 100))
+def test_count_grows_with_keep(one, other, length, protected):
+    less, more = sorted([one, other])
+    assert Budget(less).count(length, protected) <= Budget(more).count(length, protected)
+
+
+@pytest.mark.parametrize(
+    ("keep", "length", "count"),
+    [("0.3", 10, 3), (0.1, 1000, 100), (1 - 0.7, 10, 3), ("1/3", 9, 3), (0.5, 1, 1), (1, 7, 7)],
+)
+def test_count_is_exact(keep, length, count):
+    assert Budget(keep).count(length, protected=0) == count
+
+
+@given(st.integers(1, 99), st.integers(1, 10**5))
+def test_count_follows_kvpress_when_asked(percent, length):
+    removed = float(f"0.{percent:02}")  # what a user of that library writes
+    budget = Budget(1 - Fraction(percent, 100), rounding="kvpress")
+    assert budget.count(length, protected=12) == max(1, int(length * (1 - removed)))
+
+
+def test_with_keep_changes_only_the_keep():
+    policy = Policy.parse("compactor@kvpress:0.5")
+    assert policy.with_keep(0.25) == Policy.parse("compactor@kvpress:0.25")
+    with pytest.raises(PolicyError, match="none keeps everything"):
+        Policy.parse("none").with_keep(0.25)
+
+
+def test_only_kvpress_couples_the_rows_of_a_batch():
+    assert [name for name in PRESETS if Policy.parse(name).batch_coupled] == ["compactor@kvpress"]
+
+
+ATTENTION = OpCall("chunk_attention", ("query", "key", "value"), None, (("chunk", 256), ("scale", 1.0), ("pool", 3)))
+LEVERAGE = OpCall("leverage", ("pre_key",), Sketch(48, 0), (("chunk", 512),))
+KEY_NORM = OpCall("key_norm", ("key",))
+KVPRESS = OpCall(
+    "kvpress_compactor", ("query", "key", "value", "pre_key"), Sketch(48, 0), (("blend", 0.5), ("chunk", 256))
+)
+COMPACTOR = plan.Combine("add", plan.ZScore(ATTENTION), plan.Combine("mul", Scalar(0.3), plan.ZScore(LEVERAGE)))
+PLANS = {
+    "none": Plan(None),
+    "knorm": Plan(KEY_NORM),
+    "compactor": Plan(COMPACTOR, sinks=8, recent=4),
+    "compactor@kvpress": Plan(KVPRESS),
+    "random": Plan(OpCall("random", ("key",), None, (("seed", 0),))),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_lowered_to_their_plans(name):
+    assert lower(Policy.parse(name)) == PLANS[name]
+
+
+@pytest.mark.parametrize(
+    ("score", "expr"),
+    [
+        ("(knorm)", plan.Combine("mul", Scalar(-1.0), KEY_NORM)),
+        ("-knorm*2", plan.Combine("mul", Scalar(2.0), KEY_NORM)),
+        ("(1+2)*-knorm", plan.Combine("mul", Scalar(3.0), KEY_NORM)),
+        (
+            "attn(v=none, pool=none)",
+            OpCall("chunk_attention", ("query", "key"), None, (("chunk", 256), ("scale", 1.0), ("pool", 1))),
+        ),
+        ("leverage(16, rope=post, per=row, seed=9)", OpCall("leverage", ("key",), Sketch(16, 9), (("chunk", 0),))),
+    ],
+)
+def test_scores_are_lowered_without_detours(score, expr):
+    assert lower(Policy.parse(f"{score} | budget=uniform(0.5)")).score == expr
+
+
+@settings(max_examples=30, deadline=None)
+@given(policies(), KEEPS)
+def test_plans_do_not_depend_on_keep(policy, keep):
+    bakes_keep = any(("blend", Word("removed")) in atom.values for atom in policy.atoms())
+    if policy.budget.keep is not None and not bakes_keep:
+        assert lower(policy.with_keep(keep)) == lower(policy)
+
+
+def test_sketches_stand_in_the_plan_by_their_digest():
+    policy = Policy.parse("compactor")
+    ones, zeros = [torch.ones(2, 8, 48)], [torch.zeros(2, 8, 48)]
+    assert lower(policy, ones) == lower(policy, [torch.ones(2, 8, 48)])
+    assert lower(policy, ones) != lower(policy, zeros)
+    assert lower(policy, ones).sketch_digest == sketch_digest(ones) != sketch_digest(zeros)
+    with pytest.raises(PolicyError, match=r"do not fit knorm:0\.5, whose sketches have no columns"):
+        lower(Policy.parse("knorm"), ones)
+
+
+def test_the_page_on_policies_is_up_to_date():
+    tables = DOCS.read_text(encoding="utf-8").split("<!-- tables -->")[1]
+    assert tables.strip() == table_markdown(), "put kvfx.presets.table_markdown() between the <!-- tables --> marks"
