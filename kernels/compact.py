@@ -21,7 +21,8 @@ def compact(
     Returns:
         Keys [B, Hkv, n, D], values [B, Hkv, n, Dv] and positions [B, Hkv, n] int32, all contiguous.
 
-    Numerics: bit copies; positions are not renumbered. Cost: reads and writes the kept rows once.
+    Numerics: bit copies (only a NaN's payload may change); positions are not renumbered.
+    Cost: reads and writes the kept rows once.
     """
     source = slots.clamp(min=0) if padded else slots
     rows = source[..., None]

@@ -34,7 +34,8 @@ def kvpress_compactor(
     Returns:
         Scores, [B, Hkv, S] float32, higher = keep.
 
-    Numerics: logits, centring and sketch in the dtype of their inputs, as there; the rest float32.
+    Numerics: logits, centring and sketch in the dtype of their inputs, as there, so float16 may overflow; the rest
+    float32.
     Cost: 2*B*Hq*S*chunk*D + B*Hkv*S*(2*D*k + 6*k*k) flops.
     """
     scored = key.shape[2] - _SINKS - _RECENT

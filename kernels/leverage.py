@@ -51,8 +51,8 @@ def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> T
     centred = (keys - mean[:, :, :, None]).masked_fill(absent, 0)
     x = (centred.flatten(2, 3) @ sketch).unflatten(2, (count, width))  # [B, Hkv, N, C, k]
     gram = merged(x.transpose(-2, -1) @ x)
-    ridge = 1e-4 / size * gram.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-6
     eye = torch.eye(size, device=key.device)
+    ridge = 1e-4 / size * (gram * eye).sum((-2, -1)) + 1e-6
     root = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye).L
     score = torch.linalg.solve_triangular(root, x.transpose(-2, -1), upper=False).square().sum(-2).clamp(0, 1)
     return from_front(unchunk(score, tokens), place)

@@ -59,8 +59,11 @@ def spread(index: Tensor, x: Tensor) -> Tensor:
 
 
 def chunk_slots(tokens: int, chunk: int, device: torch.device) -> Tensor:
-    """List the slots of each chunk, [N, chunk] int64; those of a short last chunk run past the row."""
-    first = torch.arange(-(-tokens // chunk), device=device) * chunk
+    """List the slots of each chunk, [N, chunk] int64; those of a short last chunk run past the row.
+
+    N >= 2, although one chunk may hold the row: tracing specialises sizes of 1, and one graph shall serve all lengths.
+    """
+    first = torch.arange(torch.sym_max(2, -(-tokens // chunk)), device=device) * chunk
     return first[:, None] + torch.arange(chunk, device=device)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.debugging import aot_eager
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
@@ -108,8 +109,11 @@ def trace(function: Callable[..., Any], *fakes: Any) -> fx.GraphModule:
 def fake_mode_of(values: Sequence[Any]) -> Iterator[None]:
     """Enter the fake mode that the tensors among `values` belong to."""
     fake = next((value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor)), None)
-    with fake.fake_mode if fake is not None else contextlib.nullcontext():
+    if fake is None:
         yield
+    else:
+        with fake.fake_mode, enable_python_dispatcher():  # without the dispatcher some ops refuse symbolic sizes
+            yield
 
 
 def mark_dynamic(tensor: Tensor, *dims: int) -> None:

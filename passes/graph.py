@@ -71,7 +71,8 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
     """Add `target(*args, **kwargs)` at the insertion point, with its fake value."""
-    node = graph.call_function(target, args, kwargs)
+    name = getattr(target, "_opname", target.__name__)
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
     fake_args, fake_kwargs = fx.map_arg((args, kwargs), val)
     with capture.fake_mode_of((fake_args, fake_kwargs)):
         node.meta["val"] = target(*fake_args, **fake_kwargs)

@@ -7,7 +7,7 @@ pairs, a rotated part beside a passed-through one). The pieces of one tensor lea
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from kvfx.passes.graph import VIEWS, aten, is_call, slice_of, val
 from kvfx.passes.report import Refuse
@@ -91,10 +91,10 @@ def _down_to(key: fx.Node, roped: set[fx.Node]) -> set[fx.Node]:
 
 def _whole(entries: set[fx.Node], key: fx.Node) -> fx.Node:
     """The nearest tensor of the key's shape that all entries are pieces of."""
-    shape = tuple(str(size) for size in val(key).shape)
+    shape = _shape(key)
     chains = [_chain(entry) for entry in sorted(entries, key=lambda node: node.name)]
     for candidate in chains[0] if chains else ():
-        if tuple(str(size) for size in val(candidate).shape) == shape and all(candidate in chain for chain in chains):
+        if _shape(candidate) == shape and all(candidate in chain for chain in chains):
             return candidate
     names = ", ".join(f"`{chain[0].name}`" for chain in chains)
     raise Refuse(f"the key before RoPE was not found: {names or 'nothing'} does not lead back to one tensor of shape {shape}", key)
@@ -108,5 +108,10 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     return [node, *(step for step in chains[0] if all(step in chain for chain in chains))]
 
 
+def _shape(node: fx.Node) -> str | None:
+    """The shape as text, because symbols compare by guarding; None for a tuple of tensors."""
+    return str(tuple(val(node).shape)) if isinstance(val(node), Tensor) else None
+
+
 def _is_tensor(node: fx.Node) -> bool:
-    return hasattr(node.meta.get("val"), "dim") or isinstance(node.meta.get("val"), (tuple, list))
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))

@@ -294,7 +294,9 @@ def test_select_is_a_stable_sort_that_keeps_the_earlier_of_equals(case, data, pe
 @many
 def test_compact_copies_bits_and_leaves_zeros_where_nothing_was_chosen(case, padded):
     B, H, _, S, D = case.dims
-    key, value = case.draw((B, H, S, D), (B, H, S, D + 1))  # NaN included: bits must survive
+    key, value = case._replace(padding="none").draw((B, H, S, D), (B, H, S, D + 1))
+    for x in (key, value):
+        x[..., 0], x[..., 1], x[..., 2] = -0.0, torch.inf, torch.finfo(case.dtype).tiny / 2  # bits must survive
     positions = torch.arange(S, dtype=torch.int32).repeat(B, 1) + 1000
     slots = torch.randint(
         -1 if padded else 0, S, (B, H, (S + 1) // 2), generator=torch.Generator().manual_seed(case.seed)
@@ -470,8 +472,8 @@ def test_a_larger_budget_keeps_what_a_smaller_one_keeps(case, data):
     B, H, _, S, _ = case.dims
     scores = torch.randint(5, (B, H, S), generator=torch.Generator().manual_seed(case.seed)).float()
     small, large = sorted(data.draw(st.tuples(st.integers(1, S), st.integers(1, S))))
-    few, many_slots = kvfx.select(scores, small, None), kvfx.select(scores, large, None)
-    assert (few[..., :, None] == many_slots[..., None, :]).any(-1).all()
+    few, more = kvfx.select(scores, small, None), kvfx.select(scores, large, None)
+    assert (few[..., :, None] == more[..., None, :]).any(-1).all()
     assert torch.equal(kvfx.select(scores, S, None), torch.arange(S).expand(B, H, S))
 
 
@@ -508,8 +510,8 @@ def replaced(items: list, index: int, item) -> list:
     return [*items[:index], item, *items[index + 1 :]]
 
 
-def takes_tokens_apart(op) -> bool:
-    """Whether rows of a batch are independent: not for the one op that reproduces statistics over the whole batch."""
+def rows_are_independent(op) -> bool:
+    """Say whether batch rows are apart: not in the one op that reproduces statistics over the whole batch."""
     return op.name != "kvpress_compactor"
 
 
@@ -545,7 +547,7 @@ def test_finite_input_never_gives_nan(op, dtype):
             assert not any(x.isnan().any() for x in outputs)
 
 
-@pytest.mark.parametrize("op", [op for op in OP_LIST if takes_tokens_apart(op)], ids=str)
+@pytest.mark.parametrize("op", [op for op in OP_LIST if rows_are_independent(op)], ids=str)
 def test_rows_of_a_batch_do_not_see_each_other(op):
     dims = Dims(B=3, Hkv=2)
     for _, arguments in variants(op, dims):

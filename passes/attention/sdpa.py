@@ -2,7 +2,7 @@
 
 Accepts   keys and values with one head per KV head (`enable_gqa`), or repeated to the query heads by unsqueeze, expand, reshape;
           causal by flag or by mask; any mask that broadcasts to [B, Hq, S, T]; any scale.
-Refuses   operands without batch and head axes, dropout, heads that do not divide, batches that do not agree, a mask and the flag.
+Refuses   operands without batch and head axes, dropout, heads that do not divide, batches that do not agree, keys and values repeated differently.
 """
 
 from __future__ import annotations
@@ -41,16 +41,14 @@ def guard(match: Match) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise Refuse(f"{name} has {tensor.dim()} axes, expected [B, H, S, D]", node)
+    if ("key_repeated" in match.tags) != ("value_repeated" in match.tags):
+        raise Refuse("keys and values repeated differently", node)
     if options["dropout_p"] != 0.0:
         raise Refuse(f"dropout {options['dropout_p']} inside attention", node)
-    if options["is_causal"] and options["attn_mask"] is not None:
-        raise Refuse("a mask beside is_causal=True", node)
     if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
         raise Refuse(f"{query.shape[1]} query heads on {key.shape[1]} key and {value.shape[1]} value heads", node)
     if query.shape[0] != key.shape[0] or query.shape[0] != value.shape[0]:
         raise Refuse(f"batches of {query.shape[0]}, {key.shape[0]} and {value.shape[0]}", node)
-    if ("key_repeated" in match.tags) != ("value_repeated" in match.tags):
-        raise Refuse("keys and values repeated differently", node)
 
 
 def rewrite(graph: fx.Graph, match: Match) -> Site:

@@ -1,0 +1,56 @@
+"""Graphs for tests: traced steps of a model, and how to print them for people."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from kvfx.cache import CacheLayer, SlotCache
+from kvfx.engine import step
+from kvfx.passes import capture
+from kvfx.passes.cache_write import size_of
+
+
+def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | None = None, past: int = 0) -> fx.GraphModule:
+    """The graph of one step, before any pass: a prefill, or a forward behind `past` slots."""
+    caught: list[fx.GraphModule] = []
+    run = capture.compile_with(step, caught.append, "eager")
+    batch, device = ids.shape[0], ids.device
+    layers = [CacheLayer() for _ in range(model.config.num_hidden_layers)]
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
+    for layer in layers if past else ():
+        layer.store(torch.randn(batch, heads, past, dim), torch.randn(batch, heads, past, dim))
+        capture.mark_dynamic(layer.keys, 2)
+        capture.mark_dynamic(layer.values, 2)
+    size = None if keep is None else size_of(keep, device)
+    counts = None if valid is None or keep is None else torch.full((batch,), keep)
+    for tensor in (ids, valid):
+        if tensor is not None:
+            capture.mark_dynamic(tensor, 1)
+    if size is not None:
+        capture.mark_dynamic(size, 0)
+    seen = torch.full((batch,), past)
+    try:
+        with torch.no_grad():
+            run(model, SlotCache(layers, size, counts), seen, valid, None, {"input_ids": ids}, {})
+    except RuntimeError as error:
+        # A marker that no pass has replaced cannot run; the graph is what was wanted.
+        assert caught, error
+    return caught[0]
+
+
+def readable(module: fx.GraphModule) -> str:
+    """One line per node: name, what is called, on what."""
+    lines = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            lines.append(f"{node.name} = input {node.meta.get('source', '')}")
+        elif node.op == "output":
+            lines.append(f"return {node.args[0]}")
+        else:
+            arguments = [repr(arg) if isinstance(arg, str) else str(arg) for arg in node.args]
+            arguments += [f"{name}={value}" for name, value in node.kwargs.items()]
+            target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            target = str(node.target) if "OpOverload" in type(node.target).__name__ else target
+            lines.append(f"{node.name} = {target}({', '.join(arguments)})")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,176 @@
+"""An independent reference: eviction by the book, on a model that knows nothing of kvfx.
+
+Queries, keys and values are captured from an eager run of the model, one row at a time as if it were alone. Scores are computed in
+float64 by loops. A cache that evicted is imitated by a full cache and a mask that hides what was evicted, so that nothing here
+shares a line with what it checks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass
+class Taps:
+    """What one layer's attention read: `[B, H, S, D]` each; `pre_key` before RoPE."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    pre_key: Tensor
+
+
+@dataclass
+class Recorder:
+    """Stands in for scaled_dot_product_attention: records what it is given and hides evicted slots."""
+
+    layers: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    pre_keys: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] | None = None  # per layer, slots that no query may see, [B, Hkv, T] bool
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
+        kv_heads = self.kv_heads
+        each = key.shape[1] // kv_heads
+        self.layers.append((query, key[:, ::each], value[:, ::each]))
+        if self.hidden is not None:
+            seen = ~self.hidden[len(self.layers) - 1]
+            seen = F.pad(seen, (0, key.shape[2] - seen.shape[2]), value=True)
+            seen = seen.repeat_interleave(query.shape[1] // kv_heads, 1)[:, :, None]
+            new, held = query.shape[2], key.shape[2]
+            causal = torch.ones(new, held, dtype=torch.bool).tril(held - new)
+            attn_mask, is_causal = seen & causal if attn_mask is None else seen & attn_mask, False
+        kwargs["enable_gqa"] = query.shape[1] != key.shape[1]
+        return REAL_ATTENTION(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    kv_heads: int = 1
+
+
+REAL_ATTENTION = F.scaled_dot_product_attention
+
+
+@contextlib.contextmanager
+def recording(model, hidden: list[Tensor] | None = None) -> Iterator[Recorder]:
+    """Run the model's attention through a Recorder."""
+    recorder = Recorder(hidden=hidden, kv_heads=model.config.num_key_value_heads)
+    module = sys.modules[type(model).__module__]
+    rope = module.apply_rotary_pos_emb
+
+    def roped(query: Tensor, key: Tensor, *args, **kwargs):
+        recorder.pre_keys.append(key)
+        return rope(query, key, *args, **kwargs)
+
+    module.apply_rotary_pos_emb = roped
+    F.scaled_dot_product_attention = recorder.attend
+    try:
+        yield recorder
+    finally:
+        module.apply_rotary_pos_emb = rope
+        F.scaled_dot_product_attention = REAL_ATTENTION
+
+
+@torch.no_grad()
+def capture(model, ids: Tensor, mask: Tensor | None = None) -> tuple[list[Taps], Tensor]:
+    """Taps of every layer over a prompt, and its logits."""
+    positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+    with recording(model) as recorder:
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    pairs = zip(recorder.layers, recorder.pre_keys, strict=True)
+    return [Taps(query, key, value, pre) for (query, key, value), pre in pairs], logits
+
+
+@torch.no_grad()
+def continue_with(model, prompt: Tensor, hidden: list[Tensor], tokens: Tensor) -> Tensor:
+    """Logits of `tokens`, fed one by one after `prompt`, with `hidden` slots out of sight. Row alone, no padding."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    logits = []
+    for index in range(tokens.shape[1]):
+        with recording(model, hidden):
+            out = model(input_ids=tokens[:, index : index + 1], past_key_values=cache, use_cache=True)
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+# -- scores of one row, float64, [Hkv, S] ------------------------------------------------------------------------------------------
+
+
+def knorm(taps: Taps, **_: object) -> Tensor:
+    return -taps.key[0].double().norm(dim=-1)
+
+
+def compactor(taps: Taps, sketch: Tensor, sinks: int = 8, recent: int = 4, blend: float = 0.3, **_: object) -> Tensor:
+    attention = _pooled(_chunk_attention(taps, 256))
+    outliers = _leverage(taps.pre_key[0].double(), sketch.double(), 512)
+    return _standard(attention, sinks, recent) + blend * _standard(outliers, sinks, recent)
+
+
+def _chunk_attention(taps: Taps, chunk: int) -> Tensor:
+    query, key, value = (tensor[0].double() for tensor in (taps.query, taps.key, taps.value))
+    score = torch.zeros(key.shape[:2], dtype=torch.float64)
+    group = query.shape[0] // key.shape[0]
+    for head in range(query.shape[0]):
+        for start in range(0, key.shape[1], chunk):
+            part = slice(start, min(start + chunk, key.shape[1]))
+            score[head // group, part] += torch.softmax(query[head, part] @ key[head // group, part].T, -1).sum(0)
+    return score * value.norm(dim=-1)
+
+
+def _pooled(score: Tensor) -> Tensor:
+    out = torch.empty_like(score)
+    for index in range(score.shape[1]):
+        out[:, index] = score[:, max(0, index - 1) : index + 2].mean(1)
+    return out
+
+
+def _leverage(key: Tensor, sketch: Tensor, chunk: int) -> Tensor:
+    length, score = key.shape[1], torch.empty(key.shape[:2], dtype=torch.float64)
+    starts = list(range(0, length - length % chunk, chunk)) or [0]
+    for head in range(key.shape[0]):
+        for start, end in zip(starts, [*starts[1:], length], strict=True):
+            x = key[head, start:end]
+            x = (x - x.mean(0)) @ sketch[head]
+            gram = x.T @ x
+            gram += (1e-4 * gram.trace() / len(gram) + 1e-6) * torch.eye(len(gram), dtype=torch.float64)
+            score[head, start:end] = (x * torch.linalg.solve(gram, x.T).T).sum(1).clamp(0, 1)
+    return score
+
+
+def _standard(score: Tensor, sinks: int, recent: int) -> Tensor:
+    inner = score[:, sinks : max(sinks, score.shape[1] - recent)]
+    if inner.numel() == 0 or inner.std(correction=0) < 1e-6:
+        return torch.zeros_like(score)
+    return (score - inner.mean()) / inner.std(correction=0)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------------------
+
+
+def count_kept(length: int, keep: str, protected: int) -> int:
+    """`min(len, max(1, protected, len * num // den))` from the decimal text."""
+    from fractions import Fraction
+
+    share = Fraction(keep)
+    return min(length, max(1, protected, length * share.numerator // share.denominator))
+
+
+def best(score: Tensor, count: int, sinks: int, recent: int) -> list[list[int]]:
+    """Per head, the positions of the `count` best, protected first, the earlier of equals first."""
+    length = score.shape[1]
+    score = score.clone()
+    score[:, :sinks] = torch.inf
+    score[:, max(0, length - recent) :] = torch.inf
+    return [sorted(sorted(range(length), key=lambda i: (-row[i], i))[:count]) for row in score.tolist()]
+
+
+def swapped(score: Tensor, ours: list[int], theirs: list[int]) -> tuple[list[float], list[float]]:
+    """Scores of what only `ours` kept, and of what only `theirs` kept, of one head."""
+    a, b = set(ours), set(theirs)
+    return [float(score[i]) for i in sorted(a - b)], [float(score[i]) for i in sorted(b - a)]

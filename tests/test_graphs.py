@@ -1,0 +1,96 @@
+"""How many graphs are compiled: a promise, because each costs seconds."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import kvfx
+from kvfx.engine import engine_of
+from test_equivalence import decoder
+
+LENGTHS = (70, 1, 2, 3, 12, 13, 255, 256, 257, 300, 511, 512, 513, 700)
+
+
+def graphs(model, backend: str = "eager") -> Counter[str]:
+    """Compiled graphs by phase, and whether their rows are padded."""
+    counts: Counter[str] = Counter()
+    for (phase, plan, _, padded), reports in engine_of(model, backend).reports.items():
+        counts[f"{phase} {plan.score is not None and plan.taps} {'padded' if padded else 'whole'}"] += len(reports)
+    return counts
+
+
+@pytest.fixture
+def model():
+    torch._dynamo.reset()
+    return decoder("llama", 2, 2, 16, 0, layers=1)
+
+
+def test_all_lengths_and_keeps_share_two_prefill_graphs_and_two_decode_graphs(model):
+    for keep in ("1", "0.5", "0.1"):
+        compiled = kvfx.compile(model, f"compactor:{keep}", backend="eager")
+        for length in LENGTHS:
+            ids = torch.ones(1, length, dtype=torch.long)
+            cache = compiled.compress(ids)
+            for _ in range(2):
+                compiled(ids[:, :1], past_key_values=cache)
+    counts = graphs(model)
+    assert counts["prefill ('query', 'key', 'value', 'pre_key') whole"] == 2
+    assert counts["decode False whole"] == 2
+    assert sum(counts.values()) == 4
+
+
+def test_padded_batches_of_all_lengths_share_one_prefill_graph_and_one_decode_graph(model):
+    compiled = kvfx.compile(model, "knorm:0.5", backend="eager")
+    for length in LENGTHS[2:]:
+        ids = torch.ones(2, length, dtype=torch.long)
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        cache = compiled.compress(ids, mask)
+        compiled(ids[:, :1], past_key_values=cache)
+    counts = graphs(model)
+    assert counts["prefill ('key',) padded"] == 1
+    assert counts["decode False padded"] == 1
+    assert counts["decode False whole"] <= 2  # where both rows keep equally many, no slot is empty
+    assert sum(counts.values()) <= 4
+
+
+def test_forty_policies_and_keeps_live_in_one_process(model):
+    ids = torch.arange(60)[None]
+    texts = [f"{name}:{keep}" for name in ("knorm", "compactor", "random", "compactor(seed=1)") for keep in
+             ("1", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.25", "0.2")]  # fmt: skip
+    sizes = set()
+    for text in texts:
+        compiled = kvfx.compile(model, text, backend="eager")
+        cache = compiled.compress(ids)
+        compiled(ids[:, :1], past_key_values=cache)
+        sizes.add((text, cache.layers[0].slots))
+    assert len(sizes) == 40
+    assert sum(graphs(model).values()) == 4 + 1  # one prefill for each score, one decode for all
+
+
+def test_models_compiled_from_one_model_share_their_graphs_and_others_do_not(model):
+    ids = torch.arange(20)[None]
+    for _ in range(2):
+        kvfx.compile(model, "knorm:0.5", backend="eager").compress(ids)
+    assert sum(graphs(model).values()) == 1
+    other = decoder("llama", 2, 2, 16, 1, layers=1)
+    kvfx.compile(other, "knorm:0.5", backend="eager").compress(ids)
+    assert sum(graphs(model).values()) == 1
+    assert sum(graphs(other).values()) == 1
+
+
+@pytest.mark.inductor
+def test_inductor_keeps_what_the_eager_backend_keeps(model):
+    ids = torch.randint(0, 97, (1, 600), generator=torch.Generator().manual_seed(0))
+    caches, logits = {}, {}
+    for backend in ("eager", "inductor"):
+        compiled = kvfx.compile(model, "compactor:0.3", backend=backend)
+        caches[backend] = compiled.compress(ids)
+        logits[backend] = compiled(ids[:, :1], past_key_values=caches[backend]).logits
+    for ours, theirs in zip(caches["inductor"].layers, caches["eager"].layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+        torch.testing.assert_close(ours.keys, theirs.keys)
+    torch.testing.assert_close(logits["inductor"], logits["eager"])
