@@ -7,7 +7,7 @@ are physical, so that no length that the graph depends on is a Python number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kvfx.errors import CacheMismatch
 from kvfx.passes.capture import mark_dynamic
 
 Rows = Callable[[Tensor], Tensor]
+LAYER_TENSORS = ("keys", "values", "positions")
 
 
 class CacheLayer(DynamicLayer):
@@ -26,7 +27,7 @@ class CacheLayer(DynamicLayer):
 
     Attributes:
         keys, values: `[B, Hkv, T, D]`, the model's dtype; empty slots are zero and stand on the left.
-        prefix: positions of the slots that a prefill kept, `[B, Hkv, P]` int32; -1 = empty.
+        prefix: positions of the first slots, `[B, Hkv, P]` int32; -1 = empty. All that eviction or padding made irregular.
         next_position: position of the first slot behind the prefix, per row, `[B]`; from there on slots are consecutive.
         evicted: logical minus physical length.
     """
@@ -45,7 +46,7 @@ class CacheLayer(DynamicLayer):
     def store(self, keys: Tensor, values: Tensor) -> None:
         """Hold exactly these slots."""
         self.keys, self.values = keys, values
-        self.dtype, self.device = keys.dtype, keys.device
+        self.dtype, self.device = getattr(keys, "dtype", None), getattr(keys, "device", None)  # a pytree may hold anything
         self.is_initialized = True
 
     @property
@@ -66,11 +67,6 @@ class CacheLayer(DynamicLayer):
         tail = torch.arange(slots - held, device=self.prefix.device) + self.next_position[:, None]
         return torch.cat([self.prefix, tail[:, None].expand(batch, heads, -1).int()], -1)
 
-    @property
-    def appended(self) -> int:
-        """Slots behind the prefix: tokens that came after the last eviction."""
-        return self.slots - (0 if self.prefix is None else self.prefix.shape[2])
-
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, padding included."""
         return self.slots + self.evicted
@@ -78,17 +74,6 @@ class CacheLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Physical length after `query_length` more tokens, and the logical index of the first slot."""
         return self.slots + query_length, self.evicted
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; they must have come after the last eviction."""
-        remove = -tokens_to_remove
-        if remove > self.appended:
-            raise CacheMismatch(
-                f"cannot crop {remove} tokens: only {self.appended} came after the last eviction, and what was evicted before them "
-                "is gone. Crop no more than that, or keep a cache.copy() from before."
-            )
-        if remove > 0:
-            self.keys, self.values = self.keys[:, :, :-remove], self.values[:, :, :-remove]
 
     def map_rows(self, rows: Rows) -> None:
         """Apply `rows` to every tensor whose first axis is the batch."""
@@ -115,8 +100,9 @@ class Cache(transformers.Cache):
         policy: canonical text of the policy that evicted, or "none".
         lengths_seen: real tokens seen per row, `[B]` int64; also the position of each row's next token.
         empty: empty slots on the left of each row, `[B]` int64, or None if there are none.
+        croppable: last tokens of which every layer holds a slot in every row, so that `crop` is exact.
         fingerprint: what identifies the model, or None until the cache is saved or compared.
-        owner: the model that made the cache, while it lives.
+        owner: the model that made the cache, or None if only its fingerprint is known.
     """
 
     layout = "dense"
@@ -126,10 +112,12 @@ class Cache(transformers.Cache):
         self.policy = "none"
         self.lengths_seen: Tensor | None = None
         self.empty: Tensor | None = None
+        self.croppable = 0
         self.fingerprint: dict[str, Any] | None = None
         self.owner: Any = None
+        # What the forwards saw, joined when it is read. None: the ids are not known; no token was padding.
         self._ids: list[Tensor] | None = []
-        self._real: list[Tensor | None] = []
+        self._real: list[Tensor] | None = None
 
     @classmethod
     def from_layers(
@@ -144,42 +132,63 @@ class Cache(transformers.Cache):
         Args:
             layers: per layer keys `[B, Hkv, T, D]`, values `[B, Hkv, T, Dv]` and positions `[B, Hkv, T]` or `[T]`, ascending.
             lengths_seen: tokens that each row has seen, a number or `[B]`; the next token's position.
-            ids: the tokens seen, `[B, lengths_seen]`. Without them `generate` needs `append=True`.
+            ids: the tokens seen, `[B, lengths_seen]`. Without them `generate` takes only new tokens, with `append=True`.
             policy: what chose the slots.
 
         Raises:
             CacheMismatch: shapes disagree, a layer holds nothing, or a position lies outside the tokens seen.
         """
+        if not layers:
+            raise CacheMismatch("no layers were given; expected keys, values and positions of every attention layer")
         cache = cls()
         batch, device = layers[0][0].shape[0], layers[0][0].device
         seen = torch.as_tensor(lengths_seen, device=device).expand(batch).clone().long()
-        if bool((seen != seen[0]).any()):
-            raise CacheMismatch(
-                "rows saw different numbers of tokens; make such a batch by model.compress with an attention mask"
-            )
         logical = int(seen[0])
+        if bool((seen != logical).any()):
+            raise CacheMismatch("rows saw different numbers of tokens; make such a batch by model.compress with an attention mask")
         for index, (keys, values, positions) in enumerate(layers):
             positions = positions.to(device=device, dtype=torch.int32)
-            if keys.dim() != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[0] != batch:
+            shape = keys.shape[:3]
+            if keys.dim() != 4 or values.dim() != 4 or values.shape[:3] != shape or shape[0] != batch:
                 raise CacheMismatch(
                     f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)}, expected [B, Hkv, T, D] with B = {batch}"
                 )
-            if keys.shape[2] == 0:
+            if shape[2] == 0:
                 raise CacheMismatch(f"layer {index} holds no slot; every layer needs at least one")
-            if keys.shape[2] > logical:
-                raise CacheMismatch(f"layer {index} holds {keys.shape[2]} slots of only {logical} tokens seen")
-            prefix = positions.expand(keys.shape[:3]).contiguous()
+            if shape[2] > logical:
+                raise CacheMismatch(f"layer {index} holds {shape[2]} slots of only {logical} tokens seen")
+            if positions.shape not in (shape, shape[2:]):
+                raise CacheMismatch(
+                    f"layer {index}: positions {tuple(positions.shape)}, expected {tuple(shape)} or {tuple(shape[2:])} like the keys"
+                )
+            prefix = positions.expand(shape).contiguous()
             if bool((prefix < 0).any()) or bool((prefix >= logical).any()) or bool((prefix.diff(dim=-1) <= 0).any()):
-                raise CacheMismatch(f"layer {index}: positions must ascend within 0..{logical - 1}")
+                raise CacheMismatch(f"layer {index}: positions must ascend within 0..{logical - 1}, for keys in RoPE phase with them")
             layer = CacheLayer()
-            layer.store(keys.contiguous(), values.contiguous())
-            layer.prefix, layer.next_position, layer.evicted = prefix, seen, logical - keys.shape[2]
+            layer.store(keys.detach().contiguous(), values.detach().contiguous())
+            layer.prefix, layer.next_position, layer.evicted = prefix, seen, logical - shape[2]
             cache.layers.append(layer)
         if ids is not None and tuple(ids.shape) != (batch, logical):
             raise CacheMismatch(f"ids are {tuple(ids.shape)}, expected {(batch, logical)}: all tokens seen")
         cache.lengths_seen, cache.policy = seen, policy
-        cache._ids, cache._real = (None if ids is None else [ids]), [None]
+        cache._ids = None if ids is None else [ids]
         cache.mark()
+        return cache
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Any], evicted: Sequence[int], croppable: int, policy: str) -> Cache:
+        """Put a cache together from what `tensors()` returned; their inverse."""
+        cache = cls()
+        for index, dropped in enumerate(evicted):
+            layer = CacheLayer()
+            keys, values, positions = (tensors[f"layers.{index}.{name}"] for name in LAYER_TENSORS)
+            layer.store(keys, values)
+            layer.prefix, layer.next_position, layer.evicted = positions, tensors["lengths_seen"], dropped
+            cache.layers.append(layer)
+        cache.lengths_seen, cache.empty = tensors.get("lengths_seen"), tensors.get("empty")
+        cache.policy, cache.croppable = policy, croppable
+        cache._ids = [tensors["ids"]] if "ids" in tensors else None if cache.layers else []
+        cache._real = [tensors["real"]] if "real" in tensors else None
         return cache
 
     # -- what it holds ---------------------------------------------------------------------------------------------------------
@@ -196,13 +205,17 @@ class Cache(transformers.Cache):
     @property
     def real(self) -> Tensor | None:
         """Which of the tokens seen are no padding, `[B, logical length]` bool; None if all are."""
-        if all(part is None for part in self._real):
+        if self._real is None:
             return None
-        parts = []
-        for part, ids in zip(self._real, self._ids or [], strict=True):
-            parts.append(torch.ones_like(ids, dtype=torch.bool) if part is None else part)
-        self._real, self._ids = [torch.cat(parts, 1)], [self.ids]  # type: ignore[list-item]
+        self._real = [torch.cat(self._real, 1)]
         return self._real[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is held, by name: the leaves of the pytree, and what a file stores."""
+        held = {"lengths_seen": self.lengths_seen, "empty": self.empty, "ids": self.ids, "real": self.real}
+        for index, layer in enumerate(self.layers):
+            held |= {f"layers.{index}.{name}": getattr(layer, name) for name in LAYER_TENSORS}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @property
     def is_uniform(self) -> bool:
@@ -210,10 +223,15 @@ class Cache(transformers.Cache):
         return len({layer.slots for layer in self.layers}) <= 1
 
     @property
+    def slots_text(self) -> str:
+        """How many slots the layers hold, for messages."""
+        return f"layers hold {[layer.slots for layer in self.layers]} slots"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the distinct storages that this cache keeps alive."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}
-        return sum(storages.values())
+        storages = [tensor.untyped_storage() for tensor in self._tensors()]
+        return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 
     @property
     def batch_size(self) -> int:
@@ -221,28 +239,40 @@ class Cache(transformers.Cache):
         return -1 if self.lengths_seen is None else self.lengths_seen.shape[0]
 
     def _tensors(self) -> list[Tensor]:
-        held = [self.lengths_seen, self.empty, *(self._ids or []), *self._real]
+        held = [self.lengths_seen, self.empty, *(self._ids or []), *(self._real or [])]
         for layer in self.layers:
             held += [layer.keys, layer.values, layer.prefix, layer.next_position]
         return [tensor for tensor in held if tensor is not None]
 
+    # -- as a stock model uses it ----------------------------------------------------------------------------------------------
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As a stock model asks for its one mask; only right if all layers hold equally many slots.
+        """Slots after `query_length` more tokens, and the logical index of the first: what a stock model makes its one mask of.
 
         Raises:
-            CacheMismatch: a stock model would build one mask for layers of different lengths, or attend to empty slots.
+            CacheMismatch: one mask cannot be right, for layers of different lengths or empty slots.
         """
-        if not self.is_uniform and query_length > 1:
-            raise CacheMismatch(
-                f"layers hold {sorted({layer.slots for layer in self.layers})} slots, but this model builds one mask for all of them. "
-                "Feed one token at a time, or use a policy that keeps equally many slots in every layer."
-            )
+        hint = "Use the model that kvfx.compile returned."
+        if not self.is_uniform:
+            raise CacheMismatch(f"{self.slots_text}, but a stock model makes one mask for all of them. {hint}")
         if self.empty is not None:
-            raise CacheMismatch(
-                "this cache has empty slots from padded rows, which a stock model would attend to. Use the model that "
-                "kvfx.compile returned."
-            )
+            raise CacheMismatch(f"this cache has empty slots from padded rows, which a stock model would attend to. {hint}")
         return super().get_mask_sizes(query_length, layer_idx)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append to one layer, whole. Which tokens a stock model appends stays unknown.
+
+        Raises:
+            CacheMismatch: nothing was stored before.
+        """
+        if self.lengths_seen is None:
+            raise CacheMismatch("an empty kvfx.Cache is filled only by the model that kvfx.compile returned: model.compress(ids)")
+        length = key_states.shape[2]
+        if layer_idx == 0:
+            self.lengths_seen, self.croppable, self._ids = self.lengths_seen + length, self.croppable + length, None
+            if self._real is not None:
+                self._real = [*self._real, self._all_real(length)]
+        return super().update(key_states.detach(), value_states.detach(), layer_idx, *args, **kwargs)
 
     # -- edits -----------------------------------------------------------------------------------------------------------------
 
@@ -251,7 +281,8 @@ class Cache(transformers.Cache):
         other = Cache()
         other.__dict__.update(self.__dict__)
         other.layers = [layer.copy() for layer in self.layers]
-        other._ids, other._real = (None if self._ids is None else list(self._ids)), list(self._real)
+        other._ids = None if self._ids is None else list(self._ids)
+        other._real = None if self._real is None else list(self._real)
         return other
 
     def reset(self) -> None:
@@ -270,10 +301,11 @@ class Cache(transformers.Cache):
             return
         for layer in self.layers:
             layer.map_rows(rows)
+        ids, real = self.ids, self.real
         self.lengths_seen = rows(self.lengths_seen)
         self.empty = None if self.empty is None else rows(self.empty)
-        self._ids = None if self._ids is None else [rows(part) for part in self._ids]
-        self._real = [None if part is None else rows(part) for part in self._real]
+        self._ids = None if ids is None else [rows(ids)]
+        self._real = None if real is None else [rows(real)]
         self.mark()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -292,21 +324,28 @@ class Cache(transformers.Cache):
         """Forget the last `-tokens_to_remove` tokens (`tokens_to_remove` <= 0), exactly as if they had never been seen.
 
         Raises:
-            CacheMismatch: some of them were there when slots were evicted, or rows hold padding there.
+            CacheMismatch: slots were evicted, or rows padded, after the first of them.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the negated number of tokens to forget, got {tokens_to_remove}")
         if tokens_to_remove == 0 or self.lengths_seen is None:
             return
-        for layer in sorted(
-            self.layers, key=lambda layer: layer.appended
-        ):  # the one that cannot raises before any is cut
-            layer.crop(tokens_to_remove)
+        if -tokens_to_remove > self.croppable:
+            raise CacheMismatch(
+                f"cannot crop {-tokens_to_remove} tokens: {self.croppable} came after the last eviction or padding, and what was "
+                "dropped there is gone. Crop no more than that, or keep a cache.copy() from before."
+            )
+        if -tokens_to_remove == self.get_seq_length():
+            return self.reset()
+        ids, real = self.ids, self.real
         self.lengths_seen = self.lengths_seen + tokens_to_remove
-        if self._ids is not None:
-            real = self.real
-            self._ids = [self.ids[:, :tokens_to_remove]]  # type: ignore[index]
-            self._real = [None if real is None else real[:, :tokens_to_remove]]
+        self.croppable += tokens_to_remove
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+            if layer.slots < layer.prefix.shape[2]:
+                layer.prefix, layer.next_position = layer.prefix[:, :, : layer.slots], self.lengths_seen
+        self._ids = None if ids is None else [ids[:, :tokens_to_remove]]
+        self._real = None if real is None else [real[:, :tokens_to_remove]]
         self.mark()
 
     def mark(self) -> None:
@@ -319,44 +358,55 @@ class Cache(transformers.Cache):
 
     def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, evicting: bool) -> None:
         """Account for a forward over `length` new tokens, after its graph stored them in the layers."""
-        before = self.lengths_seen if self.lengths_seen is not None else torch.zeros_like(seen)
+        whole = True
+        before = self.lengths_seen
         for layer in self.layers:
-            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+            layer.store(layer.keys, layer.values)
             if layer.prefix is None:
                 batch, heads = layer.keys.shape[:2]
                 layer.prefix = torch.empty(batch, heads, 0, dtype=torch.int32, device=layer.keys.device)
                 layer.next_position = before
             if evicting:
                 kept = layer.kept_positions
-                older = layer.slots - kept.shape[2]
-                layer.prefix = torch.cat([layer.positions_until(older), kept], -1) if older else kept
+                layer.prefix = torch.cat([layer.positions_until(layer.slots - kept.shape[2]), kept], -1)
                 layer.next_position = seen
                 layer.evicted += length - kept.shape[2]
                 layer.kept_positions = layer.finite = None
+                whole &= kept.shape[2] == length
+            elif valid is not None:
+                index = before[:, None] + valid.cumsum(-1) - 1
+                new = index.masked_fill(~valid, -1).int()[:, None].expand(-1, layer.keys.shape[1], -1)
+                layer.prefix = torch.cat([layer.positions_until(layer.slots - length), new], -1)
+                layer.next_position = seen
         self.lengths_seen = seen
         if self._ids is not None:
             self._ids = None if ids is None else [*self._ids, ids]
-            self._real.append(valid)
+        if valid is None:
+            self.croppable = self.croppable + length if whole else 0
+            if self._real is not None:
+                self._real = [*self._real, self._all_real(length)]
+        else:
+            trailing = valid.all(0).flip(0).long().cumprod(0).sum()  # tokens that are real in every row
+            self.croppable = int(trailing) if whole else 0
+            self._real = [*(self._real or [self._all_real(self.get_seq_length() - length)]), valid]
+
+    def _all_real(self, length: int) -> Tensor:
+        return torch.ones(self.batch_size, length, dtype=torch.bool, device=self.lengths_seen.device)
 
     def push_empty_left(self, valid: Tensor) -> None:
-        """Move the slots for which `valid`, `[B, T]`, is false to the left, and blank them."""
+        """Move the slots for which `valid`, `[B, T]`, is false to the left, and blank them; empty everywhere: dropped."""
         count = (~valid).sum(-1)
-        spare = int(count.min())  # slots that are empty in every row need not be held
-        if spare == 0 and bool((valid == (torch.arange(valid.shape[1], device=valid.device) >= count[:, None])).all()):
-            self.empty = count if bool(count.any()) else None
-            return
-        order = valid.long().argsort(dim=-1, stable=True)
-        order, kept = order[:, spare:], (torch.arange(valid.shape[1], device=valid.device) >= count[:, None])[:, spare:]
+        spare = int(count.min())
+        order = valid.long().argsort(dim=-1, stable=True)[:, spare:]
+        blank = ~valid.gather(1, order)
         for layer in self.layers:
-            positions = layer.positions
-            index = order[:, None, :, None]
-            blank = ~kept[:, None, :, None]
-            keys = layer.keys.gather(2, index.expand(*layer.keys.shape[:2], -1, layer.keys.shape[3]))
-            values = layer.values.gather(2, index.expand(*layer.values.shape[:2], -1, layer.values.shape[3]))
-            layer.store(keys.masked_fill(blank, 0), values.masked_fill(blank, 0))
-            moved = positions.gather(2, order[:, None].expand(*positions.shape[:2], -1))
-            layer.prefix = moved.masked_fill(~kept[:, None], -1)
+            heads, index = layer.keys.shape[1], order[:, None, :, None]
+            keys = layer.keys.gather(2, index.expand(-1, heads, -1, layer.keys.shape[3]))
+            values = layer.values.gather(2, index.expand(-1, heads, -1, layer.values.shape[3]))
+            positions = layer.positions.gather(2, order[:, None].expand(-1, heads, -1))
+            layer.prefix = positions.masked_fill(blank[:, None], -1)
             layer.next_position = self.lengths_seen
+            layer.store(*(tensor.masked_fill(blank[:, None, :, None], 0) for tensor in (keys, values)))
             layer.evicted += spare
         self.empty = count - spare if bool((count > spare).any()) else None
         self.mark()
@@ -372,7 +422,7 @@ class SlotCache(transformers.Cache):
     """The layers of a `Cache` as a traced forward sees them: lengths are physical, and `update` may evict.
 
     Attributes:
-        size: carries the number of slots to keep of the new tokens (see `passes.cache_write`), or None to keep them all.
+        size: carries how many slots the new tokens get (see `passes.cache_write`), or None to keep them all.
         counts: slots that each row keeps, `[B]`, or None if all rows keep equally many.
         positions: of the new tokens, `[B, S]` int32, -1 for padding; set inside the graph.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,22 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
 from torch import Tensor
 
-from kvfx.cache import Cache, CacheLayer
+from kvfx.cache import Cache
 from kvfx.errors import ArtifactError
 
 FORMAT = "1.0"
 BLANK = "0" * 64
-LAYER_FIELDS = ("keys", "values", "prefix", "next_position")
 
 
 def save_cache(cache: Cache, path: str | Path) -> None:
     """Write `cache` to `path`; an existing file is replaced only when the new one is complete.
 
     Raises:
-        ArtifactError: the cache holds nothing yet.
+        ArtifactError: the cache holds nothing yet, or the file cannot be written.
     """
     if not cache.layers:
         raise ArtifactError(f"nothing to save to {path}: the cache is empty. Fill it by model.compress(ids) first")
-    tensors = {"lengths_seen": cache.lengths_seen, "empty": cache.empty, "ids": cache.ids, "real": cache.real}
-    for index, layer in enumerate(cache.layers):
-        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in LAYER_FIELDS}
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+    held = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in cache.tensors().items()}
     if cache.fingerprint is None and cache.owner is not None:
         cache.fingerprint = cache.owner.fingerprint()
     about = {
@@ -44,6 +40,7 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         "layout": cache.layout,
         "layers": [{"kind": layer.kind, "evicted": layer.evicted} for layer in cache.layers],
         "store": {"dtype": str(cache.layers[0].keys.dtype).removeprefix("torch."), "scales": None},
+        "croppable": cache.croppable,
         "policy": cache.policy,
         "fingerprint": cache.fingerprint,
         "sha256": {name: _digest(tensor) for name, tensor in held.items()},
@@ -65,18 +62,10 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
     except OSError as error:
         raise ArtifactError(f"cannot read the cache file {path}: {error.strerror or error}") from error
     about, tensors = _open(data, path)
-    cache = Cache()
-    for index, entry in enumerate(about["layers"]):
-        layer = CacheLayer()
-        fields = {name: tensors.pop(f"layers.{index}.{name}").to(device) for name in LAYER_FIELDS}
-        layer.store(fields["keys"], fields["values"])
-        layer.prefix, layer.next_position, layer.evicted = fields["prefix"], fields["next_position"], entry["evicted"]
-        cache.layers.append(layer)
-    cache.lengths_seen = tensors["lengths_seen"].to(device)
-    cache.empty = tensors["empty"].to(device) if "empty" in tensors else None
-    cache._ids = [tensors["ids"].to(device)] if "ids" in tensors else None
-    cache._real = [tensors["real"].to(device) if "real" in tensors else None]
-    cache.policy, cache.fingerprint = about["policy"], about["fingerprint"]
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    evicted = [layer["evicted"] for layer in about["layers"]]
+    cache = Cache.of_tensors(tensors, evicted, about["croppable"], about["policy"])
+    cache.fingerprint = about["fingerprint"]
     cache.mark()
     return cache
 
@@ -128,13 +117,15 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ArtifactError(f"cannot write the cache file {path}: {error.strerror or error}. What was there is untouched") from error
         raise
-
-

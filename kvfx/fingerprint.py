@@ -21,6 +21,9 @@ class Owner:
     model_id: int
     adapters: tuple[str, ...]
 
+    def __deepcopy__(self, memo: Any) -> Owner:
+        return self  # a copied cache belongs to the same model
+
     @classmethod
     def of(cls, model: Any) -> Owner:
         """The owner of what `model` computes now."""

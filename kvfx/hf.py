@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
 import transformers
 from torch import nn
+from transformers.utils import output_capturing
 
 from kvfx.errors import UnsupportedModel
 
@@ -70,7 +72,13 @@ def clone(model: transformers.PreTrainedModel, mixin: type) -> Any:
     twin.__dict__.pop("forward", None)  # model.forward = torch.compile(...) stays with the original
     twin.__dict__.pop("_compiled_call_impl", None)  # as does model.compile()
     base = type(model)
-    twin.__class__ = type(base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+    @functools.wraps(base.forward)  # generate reads its signature to know what the model takes
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    about = {"__module__": base.__module__, "__doc__": base.__doc__, "forward": forward}
+    twin.__class__ = type(base.__name__, (mixin, base), about)
     return twin
 
 
@@ -85,8 +93,17 @@ def layer_count(model: transformers.PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).num_hidden_layers
 
 
+def prepare_outputs(model: transformers.PreTrainedModel) -> None:
+    """Install the hooks that collect hidden states, as the model itself would on its first call: a trace cannot."""
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel) and output_capturing._CAN_RECORD_REGISTRY.get(module):
+            output_capturing.maybe_install_capturing_hooks(module)
+
+
 def adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that change the model's output now."""
+    if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
+        return ()  # at every forward, so without a walk over the modules
     active: set[str] = set()
     for module in model.modules():
         names = getattr(module, "active_adapters", None)

@@ -38,18 +38,20 @@ class Runner:
     def forward(self, arguments: dict[str, Any], *, compress: bool = False) -> Any:
         """A forward of the model: evicts if the cache is empty or `compress` is set, else appends."""
         arguments = {name: value for name, value in arguments.items() if value is not None}
+        if self.base.training:
+            raise UnsupportedModel("the model is in training mode; call model.eval() first")
         if arguments.pop("use_cache", True) is False:
             if "past_key_values" in arguments:
                 raise InputError("use_cache=False with past_key_values: leave one of them out")
             with torch.no_grad():
                 return self.base(**arguments, use_cache=False)
-        if self.base.training:
-            raise UnsupportedModel("the model is in training mode; call model.eval() first")
         if arguments.pop("output_attentions", False):
             raise InputError("output_attentions=True: scaled_dot_product_attention never makes the attention matrix")
+        if arguments.get("output_hidden_states", getattr(self.base.config, "output_hidden_states", False)):
+            hf.prepare_outputs(self.base)
         as_tuple = arguments.pop("return_dict", True) is False
         cache = self._cache(arguments.pop("past_key_values", None))
-        tokens = {name: arguments.pop(name).contiguous() for name in ("input_ids", "inputs_embeds") if name in arguments}
+        tokens = {name: _packed(arguments.pop(name)) for name in ("input_ids", "inputs_embeds") if name in arguments}
         if len(tokens) != 1:
             raise InputError(f"expected one of input_ids and inputs_embeds, got {sorted(tokens) or 'neither'}")
         block = _Block.of(next(iter(tokens.values())), arguments.pop("attention_mask", None), cache)
@@ -94,8 +96,8 @@ class Runner:
             work.lengths_seen = torch.zeros(batch, dtype=torch.long, device=device)
         elif not work.is_uniform and (phase == "extend" or work.empty is not None):
             raise CacheMismatch(
-                f"layers hold {sorted({layer.slots for layer in work.layers})} slots; several new tokens at once, or padded rows, "
-                "need as many in every layer. Feed one token at a time, or use a policy that keeps equally many everywhere."
+                f"{work.slots_text}; several new tokens at once, or padded rows, need as many in every layer. Feed one token "
+                "at a time, as generate does, or use a policy that keeps equally many everywhere."
             )
         size = counts = None
         if plan.score is not None:
@@ -122,6 +124,8 @@ class Runner:
                 work.policy = str(self.policy)
             work.mark()
             cache.__dict__.update(work.__dict__)
+        elif held == 1:
+            work.mark()  # a graph for one slot is specialised, and so are the marks of what it makes
         out.past_key_values = cache
         return out
 
@@ -163,6 +167,10 @@ class Runner:
         setting = lambda name: options.get(name, getattr(config, name, None))  # noqa: E731
         if options.get("use_cache", True) is False:
             return model.plain_generate(ids, options)
+        if setting("cache_implementation"):
+            raise InputError(
+                f"cache_implementation={setting('cache_implementation')!r}: the cache is a kvfx.Cache, made by the policy. Leave it out"
+            )
         if setting("prefill_chunk_size"):
             raise InputError("prefill_chunk_size would compress only the first chunk; call model.compress(part, past_key_values=cache)")
         if ids is None:
@@ -171,10 +179,14 @@ class Runner:
         skip = 0
         if append:
             skip, ids = cache.get_seq_length(), self._append(cache, ids, options)
-        self._check_identity(cache, ids, options.get("attention_mask"))
+        self._check_identity(cache, ids, options.get("attention_mask"), append)
         if any(setting(name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit")) or options.get("assistant_model"):
             # Candidates must come after the eviction, or they could not be cropped again.
-            self._compress_but_last(cache, ids, options)
+            self._feed(cache, ids, options, ids.shape[1] - 1)
+        mask = options.get("attention_mask")
+        if not cache.is_uniform and (mask is None or bool(mask.all())):
+            for last in range(cache.get_seq_length() + 1, ids.shape[1]):
+                self._feed(cache, ids, options, last)  # one by one: no single mask is right for several
         rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
         if rows > 1 and cache.layers:
             cache = cache.copy()
@@ -188,30 +200,34 @@ class Runner:
     def _append(self, cache: Cache, ids: Tensor, options: dict[str, Any]) -> Tensor:
         """Put the context in front of question-only ids."""
         held = cache.get_seq_length()
+        if not held:
+            return ids
         context = cache.ids
         if context is None:
             context = torch.zeros(ids.shape[0], held, dtype=ids.dtype, device=ids.device)
-        if context.shape[0] != ids.shape[0] and held:
+        if context.shape[0] != ids.shape[0]:
             raise CacheMismatch(f"the cache has {context.shape[0]} rows, the ids have {ids.shape[0]}")
         mask = options.get("attention_mask")
-        real = cache.real if cache.ids is not None else None
-        if mask is not None or real is not None:
-            past = torch.ones_like(context) if real is None else real.to(context.dtype)
-            new = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
-            if new.shape[1] == ids.shape[1]:
-                new = torch.cat([past.to(new.dtype), new], 1)
-            options["attention_mask"] = new
-        return torch.cat([context.to(ids.dtype), ids], 1) if held else ids
+        if mask is None or mask.shape[1] == ids.shape[1]:
+            past = torch.ones_like(context) if cache.real is None else cache.real
+            mask = torch.ones_like(ids) if mask is None else mask
+            options["attention_mask"] = torch.cat([past.to(mask.dtype), mask], 1)
+        return torch.cat([context.to(ids.dtype), ids], 1)
 
-    def _check_identity(self, cache: Cache, ids: Tensor, mask: Tensor | None) -> None:
+    def _check_identity(self, cache: Cache, ids: Tensor, mask: Tensor | None, append: bool) -> None:
         held = cache.get_seq_length()
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise InputError(f"the prompt is empty: input_ids are {tuple(ids.shape)}, expected [B, S] with S > 0")
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise InputError(f"the prompt is {tuple(ids.shape)}, expected [B, S] with B, S > 0: empty, or no batch axis")
         if not held:
             return
         if cache.batch_size != ids.shape[0]:
             raise CacheMismatch(f"the cache has {cache.batch_size} rows, input_ids have {ids.shape[0]}")
         hint = "Pass context ids + question ids, or only the question with append=True."
+        if cache.ids is None and not append:
+            raise CacheMismatch(
+                f"the cache does not know the ids of the {held} tokens it has seen (it was built from layers or embeddings, or grown "
+                "by a stock model), so nothing tells where input_ids go on. Pass only the new tokens, with append=True."
+            )
         if cache.ids is not None:
             width = min(held, ids.shape[1])
             same = cache.ids[:, :width] == ids[:, :width]
@@ -230,12 +246,19 @@ class Runner:
         if mask is not None and mask.shape[1] != ids.shape[1]:
             raise InputError(f"attention_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} like input_ids")
 
-    def _compress_but_last(self, cache: Cache, ids: Tensor, options: dict[str, Any]) -> None:
-        held = cache.get_seq_length()
-        if held < ids.shape[1] - 1:
-            mask = options.get("attention_mask")
-            part = {"input_ids": ids[:, held:-1], "attention_mask": None if mask is None else mask[:, :-1], "past_key_values": cache}
-            self.forward(part)
+    def _feed(self, cache: Cache, ids: Tensor, options: dict[str, Any], until: int) -> None:
+        """Forward the tokens that the cache has not seen, up to index `until`."""
+        held, mask = cache.get_seq_length(), options.get("attention_mask")
+        if held < until:
+            mask = None if mask is None else mask[:, :until]
+            self.forward({"input_ids": ids[:, held:until], "attention_mask": mask, "past_key_values": cache})
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """`tensor` with the strides of a fresh one: a slice of a longer row would be a new graph."""
+    tensor = tensor.detach()  # nothing here has a gradient
+    fresh = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == fresh else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -250,9 +273,9 @@ class _Block:
 
     @classmethod
     def of(cls, tokens: Tensor, mask: Any, cache: Cache) -> _Block:
+        if tokens.dim() < 2 or tokens.numel() == 0:
+            raise InputError(f"the prompt is {tuple(tokens.shape)}, expected [B, S] with B, S > 0: empty, or no batch axis")
         batch, length = tokens.shape[:2]
-        if batch == 0 or length == 0:
-            raise InputError(f"the prompt is empty: {tuple(tokens.shape)}, expected [B, S] with B, S > 0")
         held = cache.get_seq_length()
         if cache.layers and cache.batch_size != batch:
             raise CacheMismatch(f"the cache has {cache.batch_size} rows, the new tokens {batch}")
@@ -267,10 +290,11 @@ class _Block:
                 f"(not the slots it holds) and {length} new ones"
             )
         past, valid = mask[:, :held].bool(), mask[:, held:].bool().contiguous()
-        if length > 1 and held:
-            real = cache.real if cache.ids is not None else None
-            if not bool((past if real is None else past == real).all()):
-                raise CacheMismatch("attention_mask differs from the one that the cache was built with; padding cannot change afterwards")
+        if not bool((past if cache.real is None else past == cache.real).all()):
+            raise CacheMismatch(
+                "attention_mask differs from the one that the cache was built with; padding cannot change afterwards. Pass "
+                "the mask of the context, followed by that of the new tokens."
+            )
         if bool(valid.all()):
             return cls(batch, length, tokens.device, None, [length] * batch)
         lengths = valid.sum(1).tolist()
@@ -327,6 +351,13 @@ class CompressedModel:
         """
         ids = options.pop("input_ids", None) if inputs is None else inputs
         return self._kvfx.generate(self, ids, append, options)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As transformers does it; only that assisted decoding, too, leaves out what the cache has seen."""
+        cache = kwargs.get("past_key_values")
+        if kwargs.get("next_sequence_length") is None and cache is not None:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
 
     def plain_generate(self, ids: Tensor | None, options: dict[str, Any]) -> Any:
         """`generate` of transformers, nothing checked."""

@@ -161,12 +161,17 @@ def count_kept(length: int, keep: str, protected: int) -> int:
     return min(length, max(1, protected, length * share.numerator // share.denominator))
 
 
-def best(score: Tensor, count: int, sinks: int, recent: int) -> list[list[int]]:
-    """Per head, the positions of the `count` best, protected first, the earlier of equals first."""
-    length = score.shape[1]
+def protected(score: Tensor, sinks: int, recent: int) -> Tensor:
+    """Scores in which both ends win."""
     score = score.clone()
     score[:, :sinks] = torch.inf
-    score[:, max(0, length - recent) :] = torch.inf
+    score[:, max(0, score.shape[1] - recent) :] = torch.inf
+    return score
+
+
+def best(score: Tensor, count: int) -> list[list[int]]:
+    """Per head, the positions of the `count` best, the earlier of equals first."""
+    length = score.shape[1]
     return [sorted(sorted(range(length), key=lambda i: (-row[i], i))[:count]) for row in score.tolist()]
 
 

@@ -1,0 +1,1 @@
+"""A small model that retrieves, and the comparison of policies on it."""

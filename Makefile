@@ -1,0 +1,52 @@
+# Nothing here needs an activated environment: every target makes the one it uses.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+RUN := .venv/bin/python -P
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The models of the tests are tiny: threads only wait for each other there.
+test test-all test-min check: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-all test-min check fmt types clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  \1|\2/p' Makefile | column -t -s '|'
+
+demo: .venv/.installed  ## compress a small model's cache and show what was kept
+	.venv/bin/kvfx demo
+
+test: .venv/.installed  ## run the tests, without those marked slow
+	$(RUN) -m pytest
+
+test-all: .venv/.installed  ## run all tests
+	$(RUN) -m pytest -m ""
+
+test-min: .venv-min/.installed  ## run the tests with the oldest supported transformers
+	.venv-min/bin/python -P -m pytest
+
+check: .venv/.installed types  ## lint, formatting, types, import direction
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	cd .types && ../.venv/bin/mypy --config-file ../pyproject.toml
+	$(RUN) -m pytest -q tests/test_architecture.py
+
+fmt: .venv/.installed  ## format, and fix what ruff can fix
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+types:  ## lay the three rooms out as the one package kvfx, which is where mypy looks
+	@rm -rf .types && mkdir -p .types/kvfx
+	@ln -s $(addprefix ../../,$(wildcard kvfx/*.py kvfx/py.typed) kvfx/demo passes kernels) .types/kvfx/
+
+clean:  ## remove environments, caches and build outputs
+	rm -rf .venv .venv-min .types .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One rule for both environments; it runs again only when what they are made from changes.
+.venv-min/.installed: private PINS := 'transformers==5.17.*'
+%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install -qq -c constraints.txt -e '.[dev]' $(PINS)
+	@touch $@

@@ -1,0 +1,98 @@
+"""The command line: `kvfx demo` and `kvfx policies`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvfx.demo import checkpoint, run
+from kvfx.errors import InputError, KvfxError, unknown_name
+from kvfx.presets import PRESETS
+
+main = typer.Typer(name="kvfx", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+File = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Text file: what is compressed.")]
+Folder = Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Folder of a transformers checkpoint.")]
+
+
+@main.callback()
+def about() -> None:
+    """KV-cache compression as a graph pass for torch.compile."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@main.command()
+def demo(
+    backend: Annotated[str, typer.Option(help="What runs the graphs: inductor, aot_eager or eager.")] = "inductor",
+    questions: Annotated[int, typer.Option(min=1, help="Questions to ask of the packaged model.")] = 40,
+    model: Folder = None,
+    context: File = None,
+    question: Annotated[list[str] | None, typer.Option(help="A question on the context; may be repeated.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="A policy to compare; may be repeated.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer, with --model.")] = 64,
+    device: Annotated[str, typer.Option(help="Where the model runs, with --model.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here, too.")] = None,
+) -> None:
+    """Compress a cache before the questions are known, and see what is still answered.
+
+    Without --model, a small packaged model reads a document of notes. With it, your model reads your text.
+    """
+    console = Console()
+    with _clean_errors():
+        if model is not None:
+            if context is None or not question:
+                raise InputError("--model needs --context FILE and at least one --question TEXT")
+            text = context.read_text(encoding="utf-8")
+            policies = policy or ["compactor:0.5"]
+            result: Any = checkpoint.compare(
+                model, text, question, policies, backend=backend, new_tokens=new_tokens, device=device, console=console
+            )
+        elif context or question:
+            raise InputError("--context and --question are for your own checkpoint: add --model DIR")
+        else:
+            result = run.run(backend, questions, policies=policy or run.POLICIES, console=console)
+        console.print(result)
+        if json_file is not None:
+            json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@main.command()
+def policies(name: Annotated[str | None, typer.Argument(help="A preset, to see its numbers.")] = None) -> None:
+    """List the presets, or show one: its text, its numbers and where they come from."""
+    console = Console()
+    if name is None:
+        table = Table("preset", "what it is", "paper")
+        for key, preset in PRESETS.items():
+            table.add_row(key, preset.summary, preset.paper)
+        console.print(table)
+        return
+    with _clean_errors():
+        if name not in PRESETS:
+            raise unknown_name("preset", name, PRESETS)
+    preset = PRESETS[name]
+    console.print(f"[bold]{name}[/]: {escape(preset.summary)}\n{escape(preset.paper)}\n\n{escape(preset.text)}\n")
+    numbers = Table("number", "default", "source")
+    for key, source in preset.sources.items():
+        numbers.add_row(escape(key), preset.params.get(key, "-"), escape(source))
+    if preset.sources:
+        console.print(numbers)
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """Show an error of ours as one message without a traceback, and exit with 1."""
+    try:
+        yield
+    except KvfxError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from None

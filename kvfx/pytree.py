@@ -1,0 +1,42 @@
+"""A `kvfx.Cache` as a node of torch's and optree's trees: its tensors are the leaves, all else is the node's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from kvfx.cache import Cache
+from kvfx.passes.capture import pytree
+
+try:
+    import optree
+except ImportError:  # then nobody has optree's trees either
+    optree = None
+
+Node = tuple[Any, ...]
+
+
+def flatten(cache: Cache) -> tuple[list[Tensor], Node]:
+    """Take a cache apart; what is no tensor can be hashed and compared."""
+    tensors = cache.tensors()
+    evicted = tuple(layer.evicted for layer in cache.layers)
+    fingerprint = json.dumps(cache.fingerprint, sort_keys=True)
+    node = (tuple(tensors), evicted, cache.croppable, cache.policy, cache.owner, fingerprint)
+    return list(tensors.values()), node
+
+
+def unflatten(leaves: Iterable[Any], node: Node) -> Cache:
+    """Put a cache together again, of whatever the leaves have become."""
+    names, evicted, croppable, policy, owner, fingerprint = node
+    tensors = dict(zip(names, leaves, strict=True))
+    cache = Cache.of_tensors(tensors, evicted, croppable, policy)
+    cache.owner, cache.fingerprint = owner, json.loads(fingerprint)
+    return cache
+
+
+pytree.register_pytree_node(Cache, flatten, unflatten, serialized_type_name="kvfx.Cache")
+if optree is not None:
+    optree.register_pytree_node(Cache, flatten, lambda node, leaves: unflatten(leaves, node), namespace=optree.registry.__GLOBAL_NAMESPACE)

@@ -1,0 +1,88 @@
+"""The command line."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from kvfx.cli import main
+from kvfx.demo import notes
+from kvfx.presets import PRESETS
+
+
+def kvfx(*args):
+    return CliRunner(env={"COLUMNS": "160"}).invoke(main, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(notes.MODEL, tmp_path / "model")
+
+
+@pytest.fixture
+def document(tmp_path):
+    text = notes.write(128, 4, kinds=("ask",))
+    (tmp_path / "context.txt").write_text(text.text + "\n", encoding="utf-8")
+    return text
+
+
+def test_the_demo_compares_and_writes_json(tmp_path):
+    result = kvfx("demo", "--backend", "eager", "--questions", 4, "--policy", "none", "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert "4/4" in result.output
+    assert "0 of 4 layers compressed" in result.output
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["backend"] == "eager"
+    assert [row["policy"] for row in data["rows"]] == ["none"]
+    assert data["rows"][0]["right"] == 4
+
+
+def test_a_checkpoint_answers_questions_on_a_file(tmp_path, folder, document):
+    asked = document.questions[:2]
+    questions = [part for question in asked for part in ("--question", question.text)]
+    out = tmp_path / "out.json"
+    source = ("--model", folder, "--context", tmp_path / "context.txt")
+    result = kvfx("demo", "--backend", "eager", *source, *questions, "--policy", "random:0.1", "--json", out)
+    assert result.exit_code == 0, result.output
+    data = json.loads(out.read_text())
+    assert data["tokens"] == 128
+    assert [row["policy"] for row in data["rows"]] == ["none", "random:0.1"]
+    assert data["rows"][1]["slots"] == [12] * 4
+    # The answer's last word, `;`, is a special token, which is not shown.
+    assert data["rows"][0]["answers"] == [" ".join(question.answer[:-1]) for question in asked]
+    assert all(question.text in result.output for question in asked)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--policy", "compacter:0.5"], "Did you mean 'compactor'?"),
+        (["--questions", "1000"], "1000 questions do not fit"),
+        (["--backend", "fast"], "unknown backend 'fast'"),
+        (["--question", "why?"], "add --model DIR"),
+        (["--model", "."], "--model needs --context FILE"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_errors_are_one_message_without_a_traceback(args, message):
+    result = kvfx("demo", *args)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_a_folder_without_a_model_is_a_clean_error(tmp_path, document):
+    result = kvfx("demo", "--model", tmp_path, "--context", tmp_path / "context.txt", "--question", "why?")
+    assert result.exit_code == 1
+    assert "InputError: cannot load a causal decoder" in " ".join(result.output.split())
+
+
+def test_presets_are_listed_and_shown():
+    listed = kvfx("policies")
+    assert listed.exit_code == 0
+    assert all(name in listed.output for name in PRESETS)
+    shown = kvfx("policies", "compactor")
+    assert shown.exit_code == 0
+    assert "blend" in shown.output
+    assert kvfx("policies", "compacter").exit_code == 1
