@@ -6,7 +6,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python -P
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# The models of the tests are tiny: threads only wait for each other there.
+# The models of the tests are tiny: threads would only wait for each other, so processes share out the files instead.
+PYTEST := -m pytest -n 2 --dist loadfile
 test test-all test-min check: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test test-all test-min check fmt types clean
@@ -18,13 +19,13 @@ demo: .venv/.installed  ## compress a small model's cache and show what was kept
 	.venv/bin/kvfx demo
 
 test: .venv/.installed  ## run the tests, without those marked slow
-	$(RUN) -m pytest
+	$(RUN) $(PYTEST)
 
 test-all: .venv/.installed  ## run all tests
-	$(RUN) -m pytest -m ""
+	$(RUN) $(PYTEST) -m ""
 
 test-min: .venv-min/.installed  ## run the tests with the oldest supported transformers
-	.venv-min/bin/python -P -m pytest
+	.venv-min/bin/python -P $(PYTEST)
 
 check: .venv/.installed types  ## lint, formatting, types, import direction
 	.venv/bin/ruff check

@@ -6,9 +6,7 @@ from torch import Tensor
 from .op import KernelOp, samples
 
 
-def compact(
-    key: Tensor, value: Tensor, positions: Tensor, slots: Tensor, padded: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def compact(key: Tensor, value: Tensor, positions: Tensor, slots: Tensor, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gather keys, values and positions of the chosen slots.
 
     Args:

@@ -22,13 +22,13 @@ def select(scores: Tensor, count: int, counts: Tensor | None) -> Tensor:
 
     Numerics: exact. Cost: one top-k and a few sweeps over the scores.
     """
+    kept: int | Tensor = count
     if counts is None:
-        kept = count
         threshold = scores.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
     else:
         kept = counts[:, None, None]
         best = scores.topk(count, -1).values
-        threshold = best.gather(-1, (kept - 1).clamp(min=0).expand(-1, best.shape[1], -1))
+        threshold = best.gather(-1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, best.shape[1], -1))
     above, equal = scores > threshold, scores == threshold
     chosen = above | equal & (equal.cumsum(-1) <= kept - above.sum(-1, keepdim=True))
     target = torch.where(chosen, chosen.cumsum(-1) - 1 + (count - kept), count)  # the place `count` is thrown away

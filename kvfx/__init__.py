@@ -3,7 +3,7 @@
 `compile` returns a model whose KV caches keep only what a declarative policy chooses; see the README for the tour.
 """
 
-import kvfx.pytree  # registers Cache
+import kvfx.pytree  # noqa: F401 - makes Cache a pytree node
 from kvfx.api import compile, explain
 from kvfx.cache import Cache
 from kvfx.cache_file import load_cache

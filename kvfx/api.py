@@ -18,7 +18,7 @@ from kvfx.passes.capture import BACKENDS
 from kvfx.policy import Policy, as_policy
 
 
-def compile(  # noqa: A001 - the verb users know from torch
+def compile(
     model: nn.Module,
     policy: str | Mapping[str, Any] | Policy = "compactor:0.5",
     *,

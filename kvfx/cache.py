@@ -7,89 +7,21 @@ are physical, so that no length that the graph depends on is a Python number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
+from kvfx.cache_layer import CacheLayer, Rows, SlotCache
 from kvfx.errors import CacheMismatch
 from kvfx.passes.capture import mark_dynamic
 
-Rows = Callable[[Tensor], Tensor]
+__all__ = ["Cache", "CacheLayer", "SlotCache"]
+
 LAYER_TENSORS = ("keys", "values", "positions")
-
-
-class CacheLayer(DynamicLayer):
-    """Keys, values and positions of one layer, layout `dense`.
-
-    Attributes:
-        keys, values: `[B, Hkv, T, D]`, the model's dtype; empty slots are zero and stand on the left.
-        prefix: positions of the first slots, `[B, Hkv, P]` int32; -1 = empty. All that eviction or padding made irregular.
-        next_position: position of the first slot behind the prefix, per row, `[B]`; from there on slots are consecutive.
-        evicted: logical minus physical length.
-    """
-
-    kind = "full"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.prefix: Tensor | None = None
-        self.next_position: Tensor | None = None
-        self.evicted = 0
-        # Set by the traced forward that evicts, taken over by the cache when it is done.
-        self.kept_positions: Tensor | None = None
-        self.finite: Tensor | None = None
-
-    def store(self, keys: Tensor, values: Tensor) -> None:
-        """Hold exactly these slots."""
-        self.keys, self.values = keys, values
-        self.dtype, self.device = getattr(keys, "dtype", None), getattr(keys, "device", None)  # a pytree may hold anything
-        self.is_initialized = True
-
-    @property
-    def slots(self) -> int:
-        """Physical length."""
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    @property
-    def positions(self) -> Tensor:
-        """RoPE index of each slot's token within its row, `[B, Hkv, T]` int32; -1 = empty slot."""
-        return self.positions_until(self.slots)
-
-    def positions_until(self, slots: int) -> Tensor:
-        """Positions of the first `slots` slots."""
-        if self.prefix is None or self.next_position is None:
-            return torch.empty(0, 0, 0, dtype=torch.int32)
-        batch, heads, held = self.prefix.shape
-        tail = torch.arange(slots - held, device=self.prefix.device) + self.next_position[:, None]
-        return torch.cat([self.prefix, tail[:, None].expand(batch, heads, -1).int()], -1)
-
-    def get_seq_length(self) -> int:
-        """Logical length: tokens seen, padding included."""
-        return self.slots + self.evicted
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Physical length after `query_length` more tokens, and the logical index of the first slot."""
-        return self.slots + query_length, self.evicted
-
-    def map_rows(self, rows: Rows) -> None:
-        """Apply `rows` to every tensor whose first axis is the batch."""
-        if self.keys is not None:
-            self.store(rows(self.keys), rows(self.values))
-            self.prefix, self.next_position = rows(self.prefix), rows(self.next_position)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.__init__()  # type: ignore[misc]
-
-    def copy(self) -> CacheLayer:
-        """A layer that grows on its own; the tensors are shared, because slots are never written in place."""
-        other = CacheLayer()
-        other.__dict__.update(self.__dict__)
-        return other
+STOCK_HINT = "Use the model that kvfx.compile returned."
 
 
 class Cache(transformers.Cache):
@@ -106,11 +38,12 @@ class Cache(transformers.Cache):
     """
 
     layout = "dense"
+    layers: list[CacheLayer]  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.policy = "none"
-        self.lengths_seen: Tensor | None = None
+        self.lengths_seen: Any = None
         self.empty: Tensor | None = None
         self.croppable = 0
         self.fingerprint: dict[str, Any] | None = None
@@ -146,28 +79,7 @@ class Cache(transformers.Cache):
         logical = int(seen[0])
         if bool((seen != logical).any()):
             raise CacheMismatch("rows saw different numbers of tokens; make such a batch by model.compress with an attention mask")
-        for index, (keys, values, positions) in enumerate(layers):
-            positions = positions.to(device=device, dtype=torch.int32)
-            shape = keys.shape[:3]
-            if keys.dim() != 4 or values.dim() != 4 or values.shape[:3] != shape or shape[0] != batch:
-                raise CacheMismatch(
-                    f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)}, expected [B, Hkv, T, D] with B = {batch}"
-                )
-            if shape[2] == 0:
-                raise CacheMismatch(f"layer {index} holds no slot; every layer needs at least one")
-            if shape[2] > logical:
-                raise CacheMismatch(f"layer {index} holds {shape[2]} slots of only {logical} tokens seen")
-            if positions.shape not in (shape, shape[2:]):
-                raise CacheMismatch(
-                    f"layer {index}: positions {tuple(positions.shape)}, expected {tuple(shape)} or {tuple(shape[2:])} like the keys"
-                )
-            prefix = positions.expand(shape).contiguous()
-            if bool((prefix < 0).any()) or bool((prefix >= logical).any()) or bool((prefix.diff(dim=-1) <= 0).any()):
-                raise CacheMismatch(f"layer {index}: positions must ascend within 0..{logical - 1}, for keys in RoPE phase with them")
-            layer = CacheLayer()
-            layer.store(keys.detach().contiguous(), values.detach().contiguous())
-            layer.prefix, layer.next_position, layer.evicted = prefix, seen, logical - shape[2]
-            cache.layers.append(layer)
+        cache.layers = [CacheLayer.of(index, *layer, seen) for index, layer in enumerate(layers)]
         if ids is not None and tuple(ids.shape) != (batch, logical):
             raise CacheMismatch(f"ids are {tuple(ids.shape)}, expected {(batch, logical)}: all tokens seen")
         cache.lengths_seen, cache.policy = seen, policy
@@ -230,7 +142,10 @@ class Cache(transformers.Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the distinct storages that this cache keeps alive."""
-        storages = [tensor.untyped_storage() for tensor in self._tensors()]
+        held = [self.lengths_seen, self.empty, *(self._ids or []), *(self._real or [])]
+        for layer in self.layers:
+            held += [layer.keys, layer.values, layer.prefix, layer.next_position]
+        storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
         return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 
     @property
@@ -238,35 +153,28 @@ class Cache(transformers.Cache):
         """Rows; -1 while nothing is held."""
         return -1 if self.lengths_seen is None else self.lengths_seen.shape[0]
 
-    def _tensors(self) -> list[Tensor]:
-        held = [self.lengths_seen, self.empty, *(self._ids or []), *(self._real or [])]
-        for layer in self.layers:
-            held += [layer.keys, layer.values, layer.prefix, layer.next_position]
-        return [tensor for tensor in held if tensor is not None]
-
     # -- as a stock model uses it ----------------------------------------------------------------------------------------------
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Slots after `query_length` more tokens, and the logical index of the first: what a stock model makes its one mask of.
 
         Raises:
-            CacheMismatch: one mask cannot be right, for layers of different lengths or empty slots.
+            CacheMismatch: layers differ in length, so that one mask cannot be right.
         """
-        hint = "Use the model that kvfx.compile returned."
         if not self.is_uniform:
-            raise CacheMismatch(f"{self.slots_text}, but a stock model makes one mask for all of them. {hint}")
-        if self.empty is not None:
-            raise CacheMismatch(f"this cache has empty slots from padded rows, which a stock model would attend to. {hint}")
+            raise CacheMismatch(f"{self.slots_text}, but a stock model makes one mask for all of them. {STOCK_HINT}")
         return super().get_mask_sizes(query_length, layer_idx)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Append to one layer, whole. Which tokens a stock model appends stays unknown.
 
         Raises:
-            CacheMismatch: nothing was stored before.
+            CacheMismatch: nothing was stored before, or rows hold empty slots.
         """
         if self.lengths_seen is None:
             raise CacheMismatch("an empty kvfx.Cache is filled only by the model that kvfx.compile returned: model.compress(ids)")
+        if self.empty is not None:
+            raise CacheMismatch(f"this cache has empty slots from padded rows, which a stock model would attend to. {STOCK_HINT}")
         length = key_states.shape[2]
         if layer_idx == 0:
             self.lengths_seen, self.croppable, self._ids = self.lengths_seen + length, self.croppable + length, None
@@ -341,9 +249,7 @@ class Cache(transformers.Cache):
         self.lengths_seen = self.lengths_seen + tokens_to_remove
         self.croppable += tokens_to_remove
         for layer in self.layers:
-            layer.crop(tokens_to_remove)
-            if layer.slots < layer.prefix.shape[2]:
-                layer.prefix, layer.next_position = layer.prefix[:, :, : layer.slots], self.lengths_seen
+            layer.cut(-tokens_to_remove, self.lengths_seen)
         self._ids = None if ids is None else [ids[:, :tokens_to_remove]]
         self._real = None if real is None else [real[:, :tokens_to_remove]]
         self.mark()
@@ -353,32 +259,16 @@ class Cache(transformers.Cache):
         for layer in self.layers:
             mark_dynamic(layer.keys, 0, 2)
             mark_dynamic(layer.values, 0, 2)
+        for per_row in (self.lengths_seen, self.empty):
+            if per_row is not None:
+                mark_dynamic(per_row, 0)
 
     # -- steps of a forward ----------------------------------------------------------------------------------------------------
 
-    def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, evicting: bool) -> None:
+    def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int) -> None:
         """Account for a forward over `length` new tokens, after its graph stored them in the layers."""
-        whole = True
-        before = self.lengths_seen
-        for layer in self.layers:
-            layer.store(layer.keys, layer.values)
-            if layer.prefix is None:
-                batch, heads = layer.keys.shape[:2]
-                layer.prefix = torch.empty(batch, heads, 0, dtype=torch.int32, device=layer.keys.device)
-                layer.next_position = before
-            if evicting:
-                kept = layer.kept_positions
-                layer.prefix = torch.cat([layer.positions_until(layer.slots - kept.shape[2]), kept], -1)
-                layer.next_position = seen
-                layer.evicted += length - kept.shape[2]
-                layer.kept_positions = layer.finite = None
-                whole &= kept.shape[2] == length
-            elif valid is not None:
-                index = before[:, None] + valid.cumsum(-1) - 1
-                new = index.masked_fill(~valid, -1).int()[:, None].expand(-1, layer.keys.shape[1], -1)
-                layer.prefix = torch.cat([layer.positions_until(layer.slots - length), new], -1)
-                layer.next_position = seen
-        self.lengths_seen = seen
+        kept_whole = [layer.take(length, self.lengths_seen, seen, valid) for layer in self.layers]
+        self.lengths_seen, whole = seen, all(kept_whole)
         if self._ids is not None:
             self._ids = None if ids is None else [*self._ids, ids]
         if valid is None:
@@ -400,14 +290,7 @@ class Cache(transformers.Cache):
         order = valid.long().argsort(dim=-1, stable=True)[:, spare:]
         blank = ~valid.gather(1, order)
         for layer in self.layers:
-            heads, index = layer.keys.shape[1], order[:, None, :, None]
-            keys = layer.keys.gather(2, index.expand(-1, heads, -1, layer.keys.shape[3]))
-            values = layer.values.gather(2, index.expand(-1, heads, -1, layer.values.shape[3]))
-            positions = layer.positions.gather(2, order[:, None].expand(-1, heads, -1))
-            layer.prefix = positions.masked_fill(blank[:, None], -1)
-            layer.next_position = self.lengths_seen
-            layer.store(*(tensor.masked_fill(blank[:, None, :, None], 0) for tensor in (keys, values)))
-            layer.evicted += spare
+            layer.arrange(order, blank, self.lengths_seen)
         self.empty = count - spare if bool((count > spare).any()) else None
         self.mark()
 
@@ -416,44 +299,3 @@ class Cache(transformers.Cache):
         from kvfx.cache_file import save_cache
 
         save_cache(self, path)
-
-
-class SlotCache(transformers.Cache):
-    """The layers of a `Cache` as a traced forward sees them: lengths are physical, and `update` may evict.
-
-    Attributes:
-        size: carries how many slots the new tokens get (see `passes.cache_write`), or None to keep them all.
-        counts: slots that each row keeps, `[B]`, or None if all rows keep equally many.
-        positions: of the new tokens, `[B, S]` int32, -1 for padding; set inside the graph.
-    """
-
-    def __init__(self, layers: list[CacheLayer], size: Tensor | None, counts: Tensor | None) -> None:
-        super().__init__(layers=layers)
-        self.size, self.counts = size, counts
-        self.positions: Tensor | None = None
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; what attention shall read: everything held and everything new."""
-        layer = self.layers[layer_idx]
-        stored_key, stored_value = key, value
-        if self.size is not None:
-            stored_key, stored_value, layer.kept_positions, layer.finite = torch.ops.kvfx.cache_write(
-                key, value, self.positions, self.counts, self.size, layer_idx
-            )
-        past_key, past_value = layer.keys, layer.values
-        if past_key is None:
-            layer.keys, layer.values = stored_key, stored_value
-            return key, value
-        layer.keys = torch.cat([past_key, stored_key], 2)
-        layer.values = torch.cat([past_value, stored_value], 2)
-        if self.size is None:
-            return layer.keys, layer.values
-        return torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots held."""
-        return self.layers[layer_idx].slots
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Slots held and new, none before them."""
-        return self.layers[layer_idx].slots + query_length, 0

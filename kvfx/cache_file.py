@@ -101,7 +101,11 @@ def _seal(data: bytes) -> bytes:
     """Fill in the checksum of the header, computed while its place is blank."""
     digest = _header_digest(data, BLANK).encode()
     header = _header(data)
-    return data[:8] + header.replace(f'"header_sha256":"{BLANK}"'.encode(), b'"header_sha256":"' + digest + b'"') + data[8 + len(header) :]
+    return (
+        data[:8]
+        + header.replace(f'"header_sha256":"{BLANK}"'.encode(), b'"header_sha256":"' + digest + b'"')
+        + data[8 + len(header) :]
+    )
 
 
 def _header_digest(data: bytes, digest: str) -> str:
@@ -127,5 +131,7 @@ def _write_whole(path: Path, data: bytes) -> None:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise ArtifactError(f"cannot write the cache file {path}: {error.strerror or error}. What was there is untouched") from error
+            raise ArtifactError(
+                f"cannot write the cache file {path}: {error.strerror or error}. What was there is untouched"
+            ) from error
         raise

@@ -66,9 +66,7 @@ def step(
         if empty is not None:
             past = torch.arange(held, device=seen.device) >= empty[:, None]
         mask = torch.cat([past, new], -1)
-    out = model(
-        attention_mask=mask, position_ids=position_ids, past_key_values=slots, use_cache=True, **tokens, **options
-    )
+    out = model(attention_mask=mask, position_ids=position_ids, past_key_values=slots, use_cache=True, **tokens, **options)
     return out, seen_after
 
 
@@ -86,9 +84,7 @@ class Engine:
         self._steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
-    def run(
-        self, model: nn.Module, phase: str, plan: Plan, on_refuse: str, slots: SlotCache, *inputs: Any
-    ) -> tuple[Any, Tensor]:
+    def run(self, model: nn.Module, phase: str, plan: Plan, on_refuse: str, slots: SlotCache, *inputs: Any) -> tuple[Any, Tensor]:
         """Run one step; compile it if its like has not run before.
 
         Args:
@@ -151,9 +147,7 @@ def _unwrap(error: BaseException, model: str) -> BaseException:
             return inner
         inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner.__context__
     if capture.is_graph_break(error):
-        return UnsupportedModel(
-            f"{model} cannot be traced as one graph, so nothing was compressed: {str(error).splitlines()[0]}"
-        )
+        return UnsupportedModel(f"{model} cannot be traced as one graph, so nothing was compressed: {str(error).splitlines()[0]}")
     return error
 
 

@@ -32,15 +32,15 @@ class Explanation:
 
     def table(self) -> Table:
         """One row per site."""
-        table = Table(title=f"{self.model} under {self.policy.name}: {len(self.report.compressed)} of {self.report.layers} layers compressed")
+        share = f"{len(self.report.compressed)} of {self.report.layers or len(self.report.sites)} layers compressed"
+        table = Table(title=f"{self.model} under {self.policy.name}: {share}")
         for column in ("layer", "found as", "heads", "cache", "reads", "score", "lowered to", "left alone because"):
             table.add_column(column, overflow="fold")
         for site in self.report.sites:
-            layer = "-" if site.layer is None else str(site.layer)
+            layer = str(site.index if site.layer is None else site.layer)
             heads = f"{site.heads} q / {site.kv_heads} kv x {site.head_dim}"
-            table.add_row(
-                layer, f"{site.rule}, {site.spelling}", heads, site.cache, " ".join(site.taps), site.score, site.lowering, site.refusal
-            )
+            found, taps = f"{site.rule}, {site.spelling}", " ".join(site.taps)
+            table.add_row(layer, found, heads, site.cache, taps, site.score, site.lowering, site.refusal)
         for refusal in self.report.refusals:
             table.add_row("-", refusal.rule, "", "", "", "", "", f"{refusal.node}: {refusal.reason}")
         return table

@@ -13,6 +13,7 @@ from torch import nn
 from kvfx import hf
 from kvfx.errors import CacheMismatch
 
+
 @dataclass(frozen=True)
 class Owner:
     """The weights that made a cache, in this process: a model, and the adapters that were active in it."""
@@ -85,12 +86,10 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def _groups(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    named = dict(model.named_parameters())
-    keys = [
-        name for name in named if any(part in name.split(".") for part in KEY_PROJECTION) and name.endswith("weight")
-    ]
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # quantised weights are buffers
+    keys = [name for name in named if any(part in name.split(".") for part in KEY_PROJECTION) and name.endswith("weight")]
     groups = {
-        "embedding": [model.get_input_embeddings().weight],  # type: ignore[operator, union-attr]
+        "embedding": [model.get_input_embeddings().weight],  # type: ignore[operator]
         "norms": [tensor for name, tensor in named.items() if "norm" in name or "ln_" in name],
         "adapters": [tensor for name, tensor in named.items() if "lora_" in name],
     }
@@ -102,5 +101,5 @@ def _groups(model: nn.Module) -> dict[str, list[torch.Tensor]]:
 def _digest(tensors: list[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

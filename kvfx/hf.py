@@ -20,7 +20,7 @@ def unwrap(model: nn.Module) -> transformers.PreTrainedModel:
     Raises:
         UnsupportedModel: it is no transformers decoder, or in a state that is not supported; the message says which.
     """
-    seen = model
+    seen: Any = model
     while True:
         if hasattr(seen, "_kvfx"):
             seen = seen._kvfx.base
@@ -105,6 +105,7 @@ def adapters(model: nn.Module) -> tuple[str, ...]:
     if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):
         return ()  # at every forward, so without a walk over the modules
     active: set[str] = set()
+    module: Any
     for module in model.modules():
         names = getattr(module, "active_adapters", None)
         if isinstance(names, (list, tuple)) and hasattr(module, "lora_A") and not module.disable_adapters:

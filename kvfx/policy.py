@@ -79,9 +79,7 @@ class Policy:
                 "protected tokens are inside the budget. Raise the one or lower the other."
             )
         if self.budget.rounding == "kvpress" and self.protect.total:
-            raise PolicyError(
-                f"round=kvpress counts without regard to {self.protect}. Leave protect out, or write round=floor."
-            )
+            raise PolicyError(f"round=kvpress counts without regard to {self.protect}. Leave protect out, or write round=floor.")
         for atom in self.atoms():
             atom.row.lower(dict(atom.values), self.budget.keep)  # refuses values that do not fit the budget
 

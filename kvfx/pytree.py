@@ -11,6 +11,7 @@ from torch import Tensor
 from kvfx.cache import Cache
 from kvfx.passes.capture import pytree
 
+optree: Any
 try:
     import optree
 except ImportError:  # then nobody has optree's trees either
@@ -39,4 +40,6 @@ def unflatten(leaves: Iterable[Any], node: Node) -> Cache:
 
 pytree.register_pytree_node(Cache, flatten, unflatten, serialized_type_name="kvfx.Cache")
 if optree is not None:
-    optree.register_pytree_node(Cache, flatten, lambda node, leaves: unflatten(leaves, node), namespace=optree.registry.__GLOBAL_NAMESPACE)
+    optree.register_pytree_node(
+        Cache, flatten, lambda node, leaves: unflatten(leaves, node), namespace=optree.registry.__GLOBAL_NAMESPACE
+    )

@@ -87,9 +87,7 @@ class _Syntax(Transformer):
         return name and str(name), value
 
 
-_PARSER = Lark(
-    resources.files("kvfx").joinpath("grammar.lark").read_text(encoding="utf-8"), parser="lalr", maybe_placeholders=True
-)
+_PARSER = Lark(resources.files("kvfx").joinpath("grammar.lark").read_text(encoding="utf-8"), parser="lalr", maybe_placeholders=True)
 
 
 def parse(text: str) -> Policy:
@@ -156,9 +154,7 @@ def _axis_of(call: Node) -> str:
     for axis, values in PLANNED.items():
         if name in (axis, *values):
             raise axis_error(axis, name if axis in AXES else "")
-    raise PolicyError(
-        f"'{name}' is no clause: expected protect(sinks=n, recent=n), or axis=value with one of {', '.join(AXES)}."
-    )
+    raise PolicyError(f"'{name}' is no clause: expected protect(sinks=n, recent=n), or axis=value with one of {', '.join(AXES)}.")
 
 
 def _score(node: Node) -> Score | None:
@@ -198,9 +194,7 @@ def _budget(node: Node, base: Budget | None) -> Budget:
         keep, tokens = base.keep, base.tokens
     elif tokens is not None:
         tokens = _value("uniform(tokens=)", tokens)
-    rounding = (
-        str(_value("uniform(round=)", given["round"])) if "round" in given else base.rounding if base else "floor"
-    )
+    rounding = str(_value("uniform(round=)", given["round"])) if "round" in given else base.rounding if base else "floor"
     return Budget(keep, tokens, rounding)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from kvfx.passes.cache_write import WRITE
-from kvfx.passes.graph import aten, is_call
+from kvfx.passes.graph import aten, inputs, is_call
 from kvfx.passes.plan import Plan
 from kvfx.passes.pre_rope import pre_rope_key
 from kvfx.passes.report import Refusal, Refuse, Report, Site
@@ -48,12 +48,12 @@ def _attach(site: Site) -> None:
         return
     if write.args[1] is not new_value:
         raise Refuse(f"the values `{new_value.name}` that attention reads are not what the cache stores", value)
-    site.layer = write.args[5]
+    site.layer = inputs(write)[5]
     site.nodes |= {"write": write, "key": new_key, "value": new_value}
 
 
 def _halves(cat: fx.Node) -> tuple[fx.Node, fx.Node]:
-    tensors, axis = cat.args[0], cat.args[1] if len(cat.args) > 1 else 0
+    tensors, axis = (*inputs(cat), 0)[:2]
     if len(tensors) != 2 or axis not in (2, -2):
         raise Refuse(f"`{cat.name}` joins {len(tensors)} tensors along axis {axis}, expected past and new along axis 2", cat)
     return tensors[0], tensors[1]

@@ -41,7 +41,7 @@ def is_graph_break(error: BaseException) -> bool:
 
 
 # What a rewritten graph is handed to. "eager" runs it node by node, "aot_eager" through AOTAutograd, "inductor" compiles it.
-BACKENDS: dict[str, Callable[[fx.GraphModule, Sequence[Any]], Compiled]] = {
+BACKENDS: dict[str, Callable[..., Any]] = {
     "inductor": compile_fx,
     "aot_eager": aot_eager,
     "eager": _run_as_is,
@@ -72,6 +72,7 @@ def to_aten(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     Placeholders keep the name of what they came from in `meta["source"]`, e.g. `L['input_ids']`.
     """
     context = TracingContext.get()
+    assert context.fake_mode is not None
     fakes, sources = [], []
     for node, example in zip(graph.graph.find_nodes(op="placeholder"), example_inputs, strict=True):
         argument = node.meta.get("grapharg")
@@ -92,6 +93,7 @@ def to_aten(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
 
 def _fake_like_dynamo(context: TracingContext, tensor: Tensor) -> FakeTensor:
     """The fake that Dynamo made of `tensor`, with the same symbols."""
+    assert context.fake_mode is not None
     symbolic = context.tensor_to_context.get(tensor)
     if symbolic is None:
         return context.fake_mode.from_tensor(tensor, static_shapes=True)

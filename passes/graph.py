@@ -61,9 +61,19 @@ def val(node: fx.Node) -> Any:
     return node.meta["val"]
 
 
+def inputs(node: fx.Node) -> list[Any]:
+    """Positional arguments, as the schema of the called op makes them: nodes, numbers, lists or None."""
+    return list(node.args)
+
+
+def schema_of(target: Any) -> Any:
+    """The schema of an ATen or kvfx op."""
+    return target._schema
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen call by name, defaults filled in."""
-    schema = node.target._schema
+    schema = schema_of(node.target)
     named = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     named |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
     return named | dict(node.kwargs)
@@ -99,7 +109,7 @@ def inline(graph: fx.Graph, body: fx.Graph, args: Sequence[Any], before: fx.Node
 def replace_outputs(node: fx.Node, outputs: Sequence[Any]) -> None:
     """Replace a node with several outputs by one value each, and erase it."""
     for user in list(node.users):
-        user.replace_all_uses_with(outputs[user.args[1]])
+        user.replace_all_uses_with(outputs[inputs(user)[1]])
         user.graph.erase_node(user)
     node.graph.erase_node(node)
 

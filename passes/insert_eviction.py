@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from kvfx.passes.cache_write import WRITE
-from kvfx.passes.graph import aten, call, replace_outputs, sort_topologically, val
+from kvfx.passes.graph import aten, call, inputs, replace_outputs, sort_topologically, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report
 
@@ -20,14 +20,14 @@ def insert_eviction(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     graph = module.graph
     scored = {site.nodes["write"]: site for site in report.sites if "score" in site.nodes}
     for write in graph.find_nodes(op="call_function", target=WRITE):
-        key, value, positions, counts, size, _ = write.args
+        key, value, positions, counts, size, _ = inputs(write)
         if write not in scored:
             replace_outputs(write, _keep_all(graph, write))
             continue
         site = scored[write]
         with graph.inserting_before(_behind(site.nodes["score"])):
             count = call(graph, operator.sub, call(graph, aten.sym_size.int, size, 0), 1)
-            protected = call(graph, kvfx.protect.default, site.nodes["score"], site.nodes["valid"], plan.sinks, plan.recent)
+            protected = call(graph, kvfx.protect.default, site.nodes["score"], site.nodes.get("valid"), plan.sinks, plan.recent)
             scores, finite = (call(graph, operator.getitem, protected, i) for i in range(2))
             slots = call(graph, kvfx.select.default, scores, count, counts)
             compact = call(graph, kvfx.compact.default, key, value, positions, slots, counts is not None)
@@ -42,7 +42,7 @@ def _behind(node: fx.Node) -> fx.Node:
 
 
 def _keep_all(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
-    key, value, positions = write.args[:3]
+    key, value, positions = inputs(write)[:3]
     with graph.inserting_before(write):
         batch, heads, length = val(key).shape[0], val(key).shape[1], val(key).shape[2]
         per_head = call(graph, aten.unsqueeze.default, positions, 1)

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
-from kvfx.passes.graph import aten, call, constant, val
-from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, ZScore
+from kvfx.passes.graph import aten, call, constant, schema_of, val
+from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, ZScore
 from kvfx.passes.report import Report, Site
 
 ARITHMETIC = {"add": aten.add.Tensor, "sub": aten.sub.Tensor, "mul": aten.mul.Tensor}
@@ -25,7 +25,8 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             end = module.graph.call_function(torch.ops.kvfx.attention.default)
         with module.graph.inserting_before(end):
             builder = _Builder(module, site, plan)
-            site.nodes["valid"] = builder.valid()
+            if (valid := builder.valid()) is not None:
+                site.nodes["valid"] = valid
             site.nodes["score"] = builder.build(plan.score)
         module.graph.erase_node(end)
         site.score = " ".join(dict.fromkeys(op.op for op in plan.calls()))
@@ -46,7 +47,7 @@ class _Builder:
                 return value
             case ZScore(of):
                 scored = self.build(of)
-                return self.op("zscore", scored, self.site.nodes["valid"], self.plan.sinks, self.plan.recent)
+                return self.op("zscore", scored, self.site.nodes.get("valid"), self.plan.sinks, self.plan.recent)
             case Combine(op, left, right):
                 a, b = self.build(left), self.build(right)
                 if not isinstance(a, fx.Node):
@@ -60,17 +61,18 @@ class _Builder:
 
     def call(self, expr: OpCall) -> fx.Node:
         """Arguments by the op's schema: taps in order, then by name."""
-        schema = getattr(torch.ops.kvfx, expr.op).default._schema
-        given: dict[str, Any] = dict(expr.options) | {"valid": self.site.nodes["valid"], "layer": self.site.layer}
+        schema = schema_of(getattr(torch.ops.kvfx, expr.op).default)
+        given: dict[str, Any] = dict(expr.options) | {"valid": self.site.nodes.get("valid"), "layer": self.site.layer}
         if expr.sketch is not None:
-            given["sketch"] = self.sketch(expr)
+            given["sketch"] = self.sketch(expr.sketch)
         names = [argument.name for argument in schema.arguments]
         given |= dict(zip(names, (self.site.nodes[tap] for tap in expr.taps), strict=False))
         return self.op(expr.op, *(given.get(name) for name in names))
 
-    def sketch(self, expr: OpCall) -> fx.Node:
+    def sketch(self, sketch: Sketch) -> fx.Node:
         layer, key = self.site.layer, self.site.nodes["key"]
-        heads, dim, sketch = self.site.kv_heads, self.site.head_dim, expr.sketch
+        heads, dim = self.site.kv_heads, self.site.head_dim
+        assert layer is not None
         if self.plan.sketches is not None:
             tensor = self.plan.sketches[layer]
         else:

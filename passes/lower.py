@@ -63,5 +63,3 @@ def _kind(arg: Any) -> Any:
     if isinstance(value, Tensor):
         return (str(value.dtype), str(tuple(value.shape)), str(value.stride()), str(value.device))
     return str(value)
-
-

@@ -27,12 +27,15 @@ class Match:
         return self.bound[name]
 
     def bind(self, name: str, value: Any) -> Match:
+        """With one more operand."""
         return Match({**self.bound, name: value}, self.tags, self.nodes)
 
     def tag(self, name: str) -> Match:
+        """With one more alternative taken."""
         return Match(self.bound, self.tags | {name}, self.nodes)
 
     def cover(self, node: fx.Node) -> Match:
+        """With one more node."""
         return Match(self.bound, self.tags, (*self.nodes, node))
 
 
@@ -51,6 +54,7 @@ class Var(Pattern):
     name: str
 
     def solve(self, node: Any, match: Match) -> Iterator[Match]:
+        """Bind, or compare with what is bound."""
         if self.name not in match.bound:
             yield match.bind(self.name, node)
         elif match[self.name] is node:
@@ -65,6 +69,7 @@ class Const(Pattern):
     value: int | float | None = None
 
     def solve(self, node: Any, match: Match) -> Iterator[Match]:
+        """Bind a number."""
         if isinstance(node, (int, float)) and (self.value is None or node == self.value):
             yield match.bind(self.name, node)
 
@@ -78,6 +83,7 @@ class Op(Pattern):
         self.name = name
 
     def solve(self, node: Any, match: Match) -> Iterator[Match]:
+        """Match the call, then its arguments."""
         if not is_call(node, *self.targets) or len(node.args) < len(self.args):
             return
         found = match.cover(node)
@@ -102,6 +108,7 @@ class OneOf(Pattern):
         self.alternatives = alternatives
 
     def solve(self, node: Any, match: Match) -> Iterator[Match]:
+        """Try the alternatives in order."""
         for tag, pattern in self.alternatives.items():
             for found in pattern.solve(node, match):
                 yield found.tag(tag)
@@ -115,6 +122,7 @@ class Through(Pattern):
     pattern: Pattern
 
     def solve(self, node: Any, match: Match) -> Iterator[Match]:
+        """Go down, then match."""
         while isinstance(node, fx.Node) and self.skip(node):
             match, node = match.cover(node), node.args[0]
         yield from self.pattern.solve(node, match)

@@ -28,7 +28,7 @@ def pre_rope_key(key: fx.Node) -> fx.Node:
     roped = _roped(key.graph, ancestors & token, position)
     if key not in roped:
         return key
-    inside = {node for node in _down_to(key, roped)}
+    inside = _down_to(key, roped)
     entries = {source for node in inside for source in node.all_input_nodes if source in token and source not in roped}
     return _whole(entries, key)
 

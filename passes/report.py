@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 
-class Refuse(Exception):  # noqa: N818 - a verb, as guards read: raise Refuse(reason)
+class Refuse(Exception):
     """Raised by a guard: this site is not understood. Never leaves the passes."""
 
     def __init__(self, reason: str, node: fx.Node | None = None) -> None:

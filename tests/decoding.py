@@ -49,8 +49,9 @@ def compiled(policy: str = "none") -> Any:
 
 
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
-    """Random ids without special tokens, `[rows, length]`."""
-    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """Random ids without special tokens, `[rows, length]`, none twice in a row: the first layer's keys would have equal norms."""
+    order = torch.rand(rows, VOCABULARY - 3, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return order[:, :length] + 3
 
 
 def ones(*shape: int) -> Tensor:

@@ -71,7 +71,7 @@ def is_private(name: str) -> bool:
     if library == "torch":
         return (hidden or is_within(name, "torch.fx.experimental")) and not is_within(name, "torch.ops", "torch._check")
     if library == "transformers":
-        return hidden or (len(parts) > 1 and parts[0].islower() and parts[0] != "cache_utils")
+        return hidden or (len(parts) > 1 and parts[0].islower() and parts[0] not in ("cache_utils", "logging"))
     return False
 
 

@@ -130,7 +130,7 @@ def test_what_is_no_cache_file_is_refused(tmp_path):
         kvfx.load_cache(path)
     with pytest.raises(kvfx.ArtifactError, match=r"cannot read the cache file .*none\.kvfx: No such file"):
         kvfx.load_cache(tmp_path / "none.kvfx")
-    with pytest.raises(kvfx.ArtifactError, match="cannot read the cache file .*: Is a directory"):
+    with pytest.raises(kvfx.ArtifactError, match=r"cannot read the cache file .*: Is a directory"):
         kvfx.load_cache(tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(small, tmp_path, m
         monkeypatch.undo()
     assert [file.name for file in tmp_path.iterdir()] == ["a.kvfx"]
     assert path.read_bytes() == small
-    with pytest.raises(kvfx.ArtifactError, match="cannot write the cache file .*: No such file or directory"):
+    with pytest.raises(kvfx.ArtifactError, match=r"cannot write the cache file .*: No such file or directory"):
         hand_made().save(tmp_path / "nowhere" / "a.kvfx")
 
 
@@ -221,5 +221,6 @@ def test_a_cache_fits_another_copy_of_its_model(tmp_path):
     compiled(HALF).compress(CONTEXT).save(tmp_path / "a.kvfx")
     llama().save_pretrained(tmp_path / "model")
     again = kvfx.compile(type(llama()).from_pretrained(tmp_path / "model"), HALF, backend="eager")
-    out = again.generate(FULL, past_key_values=kvfx.load_cache(tmp_path / "a.kvfx"), **GREEDY)
-    assert torch.equal(out, compiled(HALF).generate(FULL, past_key_values=compiled(HALF).compress(CONTEXT), **GREEDY))
+    out = again(torch.tensor([[5]]), past_key_values=kvfx.load_cache(tmp_path / "a.kvfx"))
+    expected = compiled(HALF)(torch.tensor([[5]]), past_key_values=compiled(HALF).compress(CONTEXT))
+    assert torch.equal(out.logits, expected.logits)

@@ -249,7 +249,9 @@ def test_a_stock_model_does_not_attend_to_empty_slots():
     mask = ones(2, 20)
     mask[1, :5] = 0
     cache = compiled().compress(tokens(2, 20), mask)
-    with pytest.raises(kvfx.CacheMismatch, match=r"empty slots from padded rows, which a stock model would attend to.*kvfx\.compile"):
+    with pytest.raises(
+        kvfx.CacheMismatch, match=r"empty slots from padded rows, which a stock model would attend to.*kvfx\.compile"
+    ):
         llama()(tokens(2, 1), past_key_values=cache)
 
 

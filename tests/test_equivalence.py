@@ -46,6 +46,7 @@ def cases():
     return st.fixed_dictionaries(
         {
             "family": st.sampled_from(sorted(FAMILIES)),
+            "layers": st.integers(1, 2),
             "kv_heads": st.sampled_from([1, 2, 3]),
             "group": st.sampled_from([1, 2, 3, 4, 8]),
             "head_dim": st.sampled_from([8, 16, 48, 64, 80, 128]),
@@ -72,7 +73,8 @@ def row_taps(taps: reference.Taps, row: int, length: int) -> reference.Taps:
 
 
 def check(case: dict) -> None:
-    model = decoder(case["family"], case["kv_heads"], case["group"], case["head_dim"], case["seed"]).to(case["dtype"])
+    model = decoder(case["family"], case["kv_heads"], case["group"], case["head_dim"], case["seed"], case["layers"])
+    model = model.to(case["dtype"])
     ids, mask = padded(case["lengths"], case["seed"])
     compiled = kvfx.compile(model, f"{case['policy']}:{case['keep']}", backend="eager", on_refuse="error")
     cache = compiled.compress(ids, mask)
@@ -134,7 +136,16 @@ def test_compressed_decoding_equals_the_eager_reference_at_length(case):
     check(case)
 
 
-LONG = {"family": "qwen3", "kv_heads": 2, "group": 2, "head_dim": 16, "seed": 5, "policy": "compactor", "dtype": torch.float32}
+LONG = {
+    "family": "qwen3",
+    "layers": 1,
+    "kv_heads": 2,
+    "group": 2,
+    "head_dim": 16,
+    "seed": 5,
+    "policy": "compactor",
+    "dtype": torch.float32,
+}
 
 
 @pytest.mark.parametrize("lengths", [[1100, 700], [513], [512, 511, 1]], ids=str)

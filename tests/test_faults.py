@@ -15,8 +15,8 @@ from kvfx.passes.graph import aten, call
 from test_equivalence import check
 
 CASE = {
-    "family": "qwen3", "kv_heads": 2, "group": 2, "head_dim": 64, "seed": 11, "policy": "compactor", "keep": "0.5",
-    "lengths": [160, 120], "dtype": torch.float32,
+    "family": "qwen3", "layers": 1, "kv_heads": 2, "group": 2, "head_dim": 64, "seed": 11, "policy": "compactor", "keep": "0.5",
+    "lengths": [300, 120], "dtype": torch.float32,
 }  # fmt: skip
 
 # The passes have the names of their files, and hide them.
@@ -83,7 +83,9 @@ def wrong_layer_sketch(patch: pytest.MonkeyPatch) -> None:
 
 def evict_before_reading(patch: pytest.MonkeyPatch) -> None:
     """The score reads keys of which the second half was blanked: a pass that evicts too early."""
-    change_op("chunk_attention", lambda f, q, k, *rest: f(q, k * (torch.arange(k.shape[2]) < k.shape[2] // 2)[:, None], *rest))(patch)
+    change_op("chunk_attention", lambda f, q, k, *rest: f(q, k * (torch.arange(k.shape[2]) < k.shape[2] // 2)[:, None], *rest))(
+        patch
+    )
 
 
 FAULTS: dict[str, Fault] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,9 +79,7 @@ def test_beams_on_a_compressed_cache_do_not_depend_on_the_batch():
 
 def test_several_samples_of_one_compressed_prompt():
     cache = compiled(HALF).compress(CONTEXT)
-    out = compiled(HALF).generate(
-        FULL, past_key_values=cache, do_sample=True, num_return_sequences=3, max_new_tokens=4
-    )
+    out = compiled(HALF).generate(FULL, past_key_values=cache, do_sample=True, num_return_sequences=3, max_new_tokens=4)
     assert out.shape == (3, 49)
     assert torch.equal(out[:, :45], FULL.expand(3, -1))
 
@@ -97,14 +97,11 @@ def test_two_turns_as_one_text_or_as_new_tokens_are_the_same():
 
 
 def test_append_on_an_empty_cache_is_plain_generation():
-    assert torch.equal(
-        compiled(HALF).generate(FULL, append=True, **GREEDY), compiled(HALF).generate(FULL, **GREEDY)
-    )
+    assert torch.equal(compiled(HALF).generate(FULL, append=True, **GREEDY), compiled(HALF).generate(FULL, **GREEDY))
 
 
-@pytest.mark.parametrize("policy", ["none", HALF])
-def test_a_padded_row_is_the_row_alone_over_two_turns(policy):
-    model = compiled(policy)
+def test_a_padded_row_is_the_row_alone_over_two_turns():
+    model = compiled(HALF)
     rows = [tokens(1, 30, seed=4), tokens(1, 21, seed=5)]
     ids, mask = left(rows, 33)  # a column that is padding in every row, too
     cache = model.compress(ids, mask)
@@ -125,7 +122,8 @@ def test_a_padded_row_is_the_row_alone_over_two_turns(policy):
     again = model.generate(third, attention_mask=third_mask, past_key_values=cache, **GREEDY)
     alone = model.compress(rows[1])
     text = torch.cat([rows[1], QUESTION[:, 2:], out[1:, 38:], QUESTION], 1)
-    assert torch.equal(again[1, -12:], model.generate(text, past_key_values=alone, **GREEDY)[0, -12:])
+    expected = model.generate(text, attention_mask=torch.ones_like(text), past_key_values=alone, **GREEDY)
+    assert torch.equal(again[1, -12:], expected[0, -12:])
 
 
 @pytest.mark.parametrize("policy", ["none", HALF])
@@ -250,7 +248,7 @@ def test_crop_stops_at_padding():
     ("ids", "message"),
     [
         (QUESTION, r"another context: row 0 differs first at index 0 \(token \d+ in the cache, \d+ in input_ids\).*append=True"),
-        (torch.cat([CONTEXT[:, :17], QUESTION, CONTEXT], 1), r"another context: row 0 differs first at index 17 "),
+        (FULL.index_fill(1, torch.tensor([17, 30]), 1), r"another context: row 0 differs first at index 17 "),
         (CONTEXT, r"input_ids hold 40 tokens, the cache has already seen 40: at least one new token is needed.*append=True"),
         (FULL.expand(2, -1), r"the cache has 1 rows, input_ids have 2"),
     ],
@@ -287,7 +285,9 @@ def test_masks_that_do_not_fit_are_refused():
     model, cache = compiled(HALF), compiled(HALF).compress(CONTEXT)
     with pytest.raises(kvfx.InputError, match=r"attention_mask is \(1, 1, 40, 40\), expected \[B, S\]"):
         model(CONTEXT, attention_mask=torch.ones(1, 1, 40, 40))
-    with pytest.raises(kvfx.InputError, match=r"attention_mask is \(1, 5\), expected \(1, 45\): the 40 tokens that the cache has seen"):
+    with pytest.raises(
+        kvfx.InputError, match=r"attention_mask is \(1, 5\), expected \(1, 45\): the 40 tokens that the cache has seen"
+    ):
         model(QUESTION, attention_mask=ones(1, 5), past_key_values=cache)
     wrong = ones(1, 45)
     wrong[0, 3] = 0
@@ -352,7 +352,7 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(phase):
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = torch.nan
     if phase in ("prefill", "compress"):
-        with pytest.raises(kvfx.InputError, match=r"scores of knorm:0.5 are not finite in layers \[0, 1\]"):
+        with pytest.raises(kvfx.InputError, match=r"scores of knorm:0.5 are not finite in layers \[0\]"):
             model.compress(new, past_key_values=cache)
     else:
         with pytest.raises(IndexError):
@@ -360,13 +360,9 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(phase):
     assert_same_state(cache, before)
 
 
-_BROKEN: list = []
-
-
+@functools.cache
 def broken():
-    if not _BROKEN:
-        _BROKEN.append(fresh_llama())
-    return _BROKEN[0]
+    return fresh_llama(num_hidden_layers=1)
 
 
 def test_an_option_that_nothing_takes_is_an_error():

@@ -7,14 +7,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kvfx.kernels import OPS, Dims
-from kvfx.kernels.leverage import draw_sketch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves
+
+from kvfx.kernels import OPS, Dims
+from kvfx.kernels.leverage import draw_sketch
 from yardstick import assert_within_rounding
 
 kvfx = torch.ops.kvfx
@@ -144,7 +145,7 @@ def slow_random(key, valid, seed, layer):
     def row(k):
         heads, n = k.shape[:2]
         start = mix(mix(seed) + layer)
-        words = [[mix(mix(start + h) ^ mix(r + 1)) >> 8 for r in range(n)] for h in range(heads)]
+        words = [[mix(r * 0x9E3779B1 + h * 0x85EBCA77 + start) >> 8 for r in range(n)] for h in range(heads)]
         return torch.tensor(words, dtype=torch.float64) / 2**24
 
     return rows_alone(row, [key], valid, torch.float64)
@@ -298,9 +299,7 @@ def test_compact_copies_bits_and_leaves_zeros_where_nothing_was_chosen(case, pad
     for x in (key, value):
         x[..., 0], x[..., 1], x[..., 2] = -0.0, torch.inf, torch.finfo(case.dtype).tiny / 2  # bits must survive
     positions = torch.arange(S, dtype=torch.int32).repeat(B, 1) + 1000
-    slots = torch.randint(
-        -1 if padded else 0, S, (B, H, (S + 1) // 2), generator=torch.Generator().manual_seed(case.seed)
-    )
+    slots = torch.randint(-1 if padded else 0, S, (B, H, (S + 1) // 2), generator=torch.Generator().manual_seed(case.seed))
     keys, values, kept = kvfx.compact(key, value, positions, slots, padded)
     assert all(x.is_contiguous() for x in (keys, values, kept))
     assert kept.dtype == torch.int32
@@ -531,11 +530,7 @@ def test_opcheck_finds_nothing(op):
 
 @pytest.mark.parametrize(
     ("op", "dtype"),
-    [
-        pair
-        for pair in itertools.product(OP_LIST, DTYPES)
-        if (pair[0].name, pair[1]) != ("kvpress_compactor", torch.float16)
-    ],
+    [pair for pair in itertools.product(OP_LIST, DTYPES) if (pair[0].name, pair[1]) != ("kvpress_compactor", torch.float16)],
     ids=str,
 )
 def test_finite_input_never_gives_nan(op, dtype):
@@ -573,9 +568,7 @@ def test_permuted_heads_give_permuted_answers(op):
 
     for _, arguments in variants(op, dims):
         straight = tree_leaves(op.overload(*arguments))
-        for expected, actual in zip(
-            map(permute, straight), tree_leaves(op.overload(*map(permute, arguments))), strict=True
-        ):
+        for expected, actual in zip(map(permute, straight), tree_leaves(op.overload(*map(permute, arguments))), strict=True):
             assert_within_rounding(actual, expected, expected.double())
 
 

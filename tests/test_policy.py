@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvfx.passes import plan
-from kvfx.passes.plan import OpCall, Plan, Scalar, Sketch
 
 from kvfx.algebra import Atom, Combine, Number, ZScore
 from kvfx.budget import Budget, Protect
 from kvfx.errors import PolicyError
 from kvfx.lower import lower, sketch_digest
+from kvfx.passes import plan
+from kvfx.passes.plan import OpCall, Plan, Scalar, Sketch
 from kvfx.policy import PLANNED, Policy, as_policy
 from kvfx.presets import PRESETS, table_markdown
 from kvfx.scores import SCORES, Int, OneOf, Real, Word
@@ -29,9 +29,7 @@ def values(takes):
         case Real():
             return st.floats(-1e30, 1e30, allow_nan=False)
         case OneOf(words, number):
-            choices = [
-                st.just(Word(w)) if n is None else values(n).map(lambda n, w=w: Word(w, n)) for w, n in words.items()
-            ]
+            choices = [st.just(Word(w)) if n is None else values(n).map(lambda n, w=w: Word(w, n)) for w, n in words.items()]
             return st.one_of(*choices, *([values(number)] if number else []))
 
 
@@ -314,9 +312,7 @@ def test_only_kvpress_couples_the_rows_of_a_batch():
 ATTENTION = OpCall("chunk_attention", ("query", "key", "value"), None, (("chunk", 256), ("scale", 1.0), ("pool", 3)))
 LEVERAGE = OpCall("leverage", ("pre_key",), Sketch(48, 0), (("chunk", 512),))
 KEY_NORM = OpCall("key_norm", ("key",))
-KVPRESS = OpCall(
-    "kvpress_compactor", ("query", "key", "value", "pre_key"), Sketch(48, 0), (("blend", 0.5), ("chunk", 256))
-)
+KVPRESS = OpCall("kvpress_compactor", ("query", "key", "value", "pre_key"), Sketch(48, 0), (("blend", 0.5), ("chunk", 256)))
 COMPACTOR = plan.Combine("add", plan.ZScore(ATTENTION), plan.Combine("mul", Scalar(0.3), plan.ZScore(LEVERAGE)))
 PLANS = {
     "none": Plan(None),

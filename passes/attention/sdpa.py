@@ -2,7 +2,8 @@
 
 Accepts   keys and values with one head per KV head (`enable_gqa`), or repeated to the query heads by unsqueeze, expand, reshape;
           causal by flag or by mask; any mask that broadcasts to [B, Hq, S, T]; any scale.
-Refuses   operands without batch and head axes, dropout, heads that do not divide, batches that do not agree, keys and values repeated differently.
+Refuses   operands without batch and head axes, dropout, heads that do not divide, batches that do not agree, keys and values
+          repeated differently.
 """
 
 from __future__ import annotations

@@ -1,0 +1,199 @@
+"""One layer of a cache: its slots, and where their tokens stood. And its layers as a traced forward sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from kvfx.errors import CacheMismatch
+
+Rows = Callable[[Tensor], Tensor]
+
+
+class CacheLayer(DynamicLayer):
+    """Keys, values and positions of one layer, layout `dense`.
+
+    Attributes:
+        keys, values: `[B, Hkv, T, D]`, the model's dtype; empty slots are zero and stand on the left.
+        prefix: positions of the first slots, `[B, Hkv, P]` int32; -1 = empty. All that eviction or padding made irregular.
+        next_position: position of the first slot behind the prefix, per row, `[B]`; from there on slots are consecutive.
+        evicted: logical minus physical length.
+    """
+
+    kind = "full"
+    keys: Any  # Tensors, once something is stored
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix: Any = None
+        self.next_position: Any = None
+        self.evicted = 0
+        # Set by the traced forward that evicts, taken over by the cache when it is done.
+        self.kept_positions: Tensor | None = None
+        self.finite: Tensor | None = None
+
+    @classmethod
+    def of(cls, index: int, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> CacheLayer:
+        """Make layer `index` of given slots, checked; see `Cache.from_layers`."""
+        where, shape, logical = f"layer {index}", keys.shape[:3], int(seen[0])
+        if keys.dim() != 4 or values.dim() != 4 or values.shape[:3] != shape or shape[0] != seen.shape[0]:
+            found = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+            raise CacheMismatch(f"{where}: {found}, expected [B, Hkv, T, D] with B = {seen.shape[0]}")
+        if not 0 < shape[2] <= logical:
+            what = "no slot; every layer needs at least one" if shape[2] == 0 else f"{shape[2]} slots of only {logical} tokens seen"
+            raise CacheMismatch(f"{where} holds {what}")
+        if positions.shape not in (shape, shape[2:]):
+            raise CacheMismatch(
+                f"{where}: positions {tuple(positions.shape)}, expected {tuple(shape)} or {tuple(shape[2:])} like the keys"
+            )
+        prefix = positions.to(device=keys.device, dtype=torch.int32).expand(shape).contiguous()
+        if bool((prefix < 0).any() | (prefix >= logical).any() | (prefix.diff(dim=-1) <= 0).any()):
+            raise CacheMismatch(f"{where}: positions must ascend within 0..{logical - 1}, the RoPE phase that the keys have")
+        layer = cls()
+        layer.store(keys.detach().contiguous(), values.detach().contiguous())
+        layer.prefix, layer.next_position, layer.evicted = prefix, seen, logical - shape[2]
+        return layer
+
+    def store(self, keys: Tensor, values: Tensor) -> None:
+        """Hold exactly these slots."""
+        self.keys, self.values = keys, values
+        if isinstance(keys, Tensor):  # a pytree may hold anything
+            self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    @property
+    def slots(self) -> int:
+        """Physical length."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def positions(self) -> Tensor:
+        """RoPE index of each slot's token within its row, `[B, Hkv, T]` int32; -1 = empty slot."""
+        return self.positions_until(self.slots)
+
+    def positions_until(self, slots: int) -> Tensor:
+        """Positions of the first `slots` slots."""
+        if self.prefix is None or self.next_position is None:
+            return torch.empty(0, 0, 0, dtype=torch.int32)
+        batch, heads, held = self.prefix.shape
+        tail = torch.arange(slots - held, device=self.prefix.device) + self.next_position[:, None]
+        return torch.cat([self.prefix, tail[:, None].expand(batch, heads, -1).int()], -1)
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, padding included."""
+        return self.slots + self.evicted
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical length after `query_length` more tokens, and the logical index of the first slot."""
+        return self.slots + query_length, self.evicted
+
+    def take(self, length: int, before: Tensor, seen: Tensor, valid: Tensor | None) -> bool:
+        """Account for `length` new tokens that a graph has stored, or the kept ones of them; return whether that is all of them.
+
+        Args:
+            length: new tokens.
+            before: real tokens that each row had seen before them, `[B]`.
+            seen: and has seen now.
+            valid: which of them are real, `[B, length]`, or None if all are.
+        """
+        self.store(self.keys, self.values)
+        batch, heads = self.keys.shape[:2]
+        if self.prefix is None:
+            self.prefix = torch.empty(batch, heads, 0, dtype=torch.int32, device=self.keys.device)
+            self.next_position = before
+        new, self.kept_positions, self.finite = self.kept_positions, None, None
+        if new is None:
+            if valid is None:
+                return True  # consecutive
+            index = before[:, None] + valid.cumsum(-1) - 1
+            new = index.masked_fill(~valid, -1).int()[:, None].expand(-1, heads, -1)
+        kept = new.shape[2]
+        self.prefix = torch.cat([self.positions_until(self.slots - kept), new], -1)
+        self.next_position = seen
+        self.evicted += length - kept
+        return kept == length
+
+    def arrange(self, order: Tensor, blank: Tensor, seen: Tensor) -> None:
+        """Put slot `order[b, t]` to place t of row b, and blank the places where `blank[b, t]`; both `[B, T]`."""
+        heads, positions = self.keys.shape[1], self.positions
+        self.evicted += self.slots - order.shape[1]
+        place, empty = order[:, None].expand(-1, heads, -1), blank[:, None]
+        self.store(*(gather_slots(tensor, place).masked_fill(empty[..., None], 0) for tensor in (self.keys, self.values)))
+        self.prefix = positions.gather(2, place).masked_fill(empty, -1)
+        self.next_position = seen
+
+    def cut(self, tokens: int, seen: Tensor) -> None:
+        """Forget the last `tokens` slots; rows have seen `seen` real tokens without them."""
+        self.crop(-tokens)
+        if self.slots < self.prefix.shape[2]:
+            self.prefix, self.next_position = self.prefix[:, :, : self.slots], seen
+
+    def map_rows(self, rows: Rows) -> None:
+        """Apply `rows` to every tensor whose first axis is the batch."""
+        if self.keys is not None:
+            self.store(rows(self.keys), rows(self.values))
+            self.prefix, self.next_position = rows(self.prefix), rows(self.next_position)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def copy(self) -> CacheLayer:
+        """A layer that grows on its own; the tensors are shared, because slots are never written in place."""
+        other = CacheLayer()
+        other.__dict__.update(self.__dict__)
+        return other
+
+
+def gather_slots(states: Tensor, place: Tensor) -> Tensor:
+    """Take slots `place`, `[B, Hkv, n]`, of `[B, Hkv, T, D]`."""
+    return states.gather(2, place[..., None].expand(-1, -1, -1, states.shape[3]))
+
+
+class SlotCache(transformers.Cache):
+    """The layers of a `Cache` as a traced forward sees them: lengths are physical, and `update` may evict.
+
+    Attributes:
+        size: carries how many slots the new tokens get (see `passes.cache_write`), or None to keep them all.
+        counts: slots that each row keeps, `[B]`, or None if all rows keep equally many.
+        positions: of the new tokens, `[B, S]` int32, -1 for padding; set inside the graph.
+    """
+
+    layers: list[CacheLayer]  # type: ignore[assignment]
+
+    def __init__(self, layers: list[CacheLayer], size: Tensor | None, counts: Tensor | None) -> None:
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.size, self.counts = size, counts
+        self.positions: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; what attention shall read: everything held and everything new."""
+        layer, key, value = self.layers[layer_idx], key_states, value_states
+        stored_key, stored_value = key, value
+        if self.size is not None:
+            stored_key, stored_value, layer.kept_positions, layer.finite = torch.ops.kvfx.cache_write(
+                key, value, self.positions, self.counts, self.size, layer_idx
+            )
+        past_key, past_value = layer.keys, layer.values
+        if past_key is None:
+            layer.keys, layer.values = stored_key, stored_value
+            return key, value
+        layer.keys = torch.cat([past_key, stored_key], 2)
+        layer.values = torch.cat([past_value, stored_value], 2)
+        if self.size is None:
+            return layer.keys, layer.values
+        return torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Slots held."""
+        return self.layers[layer_idx].slots
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Slots held and new, none before them."""
+        return self.layers[layer_idx].slots + query_length, 0
