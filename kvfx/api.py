@@ -83,7 +83,7 @@ def explain(model: Any, inputs: Any = None) -> Explanation:
     if runner is None:
         raise InputError(f"{type(model).__name__} was not made by kvfx.compile; explain has nothing to tell")
     engine: Engine = runner.engine
-    reports = [reports[-1] for key, reports in engine.reports.items() if key[0] == "prefill" and key[1] == runner.plan]
+    reports = [reports[-1] for key, reports in engine.reports.items() if key.phase == "prefill" and key.plan == runner.plan]
     if not reports:
         if inputs is None:
             raise InputError("the model has not run yet; pass inputs (token ids) to explain, or call it first")

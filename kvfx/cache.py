@@ -117,10 +117,9 @@ class Cache(transformers.Cache):
     @property
     def real(self) -> Tensor | None:
         """Which of the tokens seen are no padding, `[B, logical length]` bool; None if all are."""
-        if self._real is None:
-            return None
-        self._real = [torch.cat(self._real, 1)]
-        return self._real[0]
+        if self._real is not None:
+            self._real = [torch.cat(self._real, 1)]
+        return None if self._real is None else self._real[0]
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is held, by name: the leaves of the pytree, and what a file stores."""

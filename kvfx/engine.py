@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -70,6 +70,22 @@ def step(
     return out, seen_after
 
 
+class StepKey(NamedTuple):
+    """What decides which compiled function runs a step; each has the few graphs that its lengths need.
+
+    Attributes:
+        phase: "prefill", "extend" or "decode".
+        plan: what is evicted.
+        on_refuse: what to do about sites that are not understood.
+        uneven: which inputs that make rows differ are there: counts, valid, empty.
+    """
+
+    phase: str
+    plan: Plan
+    on_refuse: str
+    uneven: tuple[str, ...]
+
+
 class Engine:
     """The compiled steps of one model on one backend. It does not keep the model alive.
 
@@ -80,8 +96,8 @@ class Engine:
     def __init__(self, name: str, backend: str) -> None:
         self.name = name
         self.backend = backend
-        self.reports: dict[tuple[Any, ...], list[Report]] = {}
-        self._steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self.reports: dict[StepKey, list[Report]] = {}
+        self._steps: dict[StepKey, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
     def run(self, model: nn.Module, phase: str, plan: Plan, on_refuse: str, slots: SlotCache, *inputs: Any) -> tuple[Any, Tensor]:
@@ -97,7 +113,9 @@ class Engine:
         """
         if plan.score is None:
             on_refuse = "warn"  # nothing is evicted, so nothing can be refused
-        key = (phase, plan, on_refuse, slots.counts is not None or inputs[1] is not None or inputs[2] is not None)
+        _, valid, empty, *_ = inputs
+        rows = {"counts": slots.counts, "valid": valid, "empty": empty}
+        key = StepKey(phase, plan, on_refuse, tuple(name for name, tensor in rows.items() if tensor is not None))
         with self._lock:
             if key not in self._steps:
                 self._steps[key] = capture.compile_with(step, self._rewrite(key), self.backend)
@@ -107,13 +125,12 @@ class Engine:
         except capture.CompileError as error:
             raise _unwrap(error, self.name) from error
 
-    def _rewrite(self, key: tuple[Any, ...]) -> Callable[[fx.GraphModule], None]:
-        _, plan, on_refuse, _ = key
+    def _rewrite(self, key: StepKey) -> Callable[[fx.GraphModule], None]:
 
         def rewrite(module: fx.GraphModule) -> None:
-            report = passes.run(module, plan)
-            if plan.score is not None:
-                _judge(report, self.name, on_refuse)
+            report = passes.run(module, key.plan)
+            if key.plan.score is not None:
+                _judge(report, self.name, key.on_refuse)
             self.reports.setdefault(key, []).append(report)
 
         return rewrite

@@ -54,9 +54,7 @@ def label(text: str) -> str:
         if match := re.fullmatch(pattern, text):
             args = {param: value for param, value in match.groupdict().items() if value != preset.params[param]}
             keep = match.groupdict().get("keep")
-            changed = ", ".join(
-                f"{param}={args[param]}" for param in preset.params if param in args and param != "keep"
-            )
+            changed = ", ".join(f"{param}={args[param]}" for param in preset.params if param in args and param != "keep")
             return name + (f"({changed})" if changed else "") + (f":{keep}" if keep else "")
     return text
 

@@ -17,8 +17,8 @@ LENGTHS = (70, 1, 2, 3, 12, 13, 255, 256, 257, 300, 511, 512, 513, 700)
 def graphs(model, backend: str = "eager") -> Counter[str]:
     """Compiled graphs by phase, and whether their rows are padded."""
     counts: Counter[str] = Counter()
-    for (phase, plan, _, padded), reports in engine_of(model, backend).reports.items():
-        counts[f"{phase} {plan.score is not None and plan.taps} {'padded' if padded else 'whole'}"] += len(reports)
+    for (phase, plan, _, uneven), reports in engine_of(model, backend).reports.items():
+        counts[f"{phase} {plan.score is not None and plan.taps} {'padded' if uneven else 'whole'}"] += len(reports)
     return counts
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
@@ -86,9 +87,8 @@ def test_a_number_with_a_value_refuses_other_numbers():
 def test_grouped_keys_are_found_in_a_torch_compile_graph():
     module = traced_step(decoder("llama", 2, 2, 16, 0), torch.ones(1, 9, dtype=torch.long), keep=4)
     sites = found(module).sites
-    assert [(site.rule, site.spelling, site.heads, site.kv_heads, site.head_dim) for site in sites] == [
-        ("sdpa", "grouped keys", 4, 2, 16)
-    ] * 2
+    assert [(site.rule, site.heads, site.kv_heads, site.head_dim) for site in sites] == [("sdpa", 4, 2, 16)] * 2
+    assert [val(site.nodes["key"]).shape[1] for site in sites] == [2, 2]
 
 
 def test_repeated_keys_are_found_below_the_repetition_where_a_mask_is_given():
@@ -306,6 +306,14 @@ GOLDENS = {
 }
 
 
+WRITTEN_WITH = ("2.13", "5.23")
+
+
+@pytest.mark.skipif(
+    not (torch.__version__.startswith(WRITTEN_WITH[0]) and transformers.__version__.startswith(WRITTEN_WITH[1])),
+    reason="other versions of torch and transformers trace the same model to other ops; these graphs were written with "
+    + " and ".join(WRITTEN_WITH),
+)
 @pytest.mark.parametrize("name", GOLDENS)
 def test_the_graph_reads_as_committed(name):
     options, plan, passes = GOLDENS[name]
