@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from kvfx.passes.report import Report
+from kvfx.passes.report import Report, Site
 from kvfx.policy import Policy
 
 
@@ -31,16 +32,16 @@ class Explanation:
         return {"model": self.model, "policy": str(self.policy), **self.report.as_dict()}
 
     def table(self) -> Table:
-        """One row per site."""
+        """One row for each run of layers that were treated alike."""
         share = f"{len(self.report.compressed)} of {self.report.layers or len(self.report.sites)} layers compressed"
         table = Table(title=f"{self.model} under {self.policy.name}: {share}")
-        for column in ("layer", "found as", "heads", "cache", "reads", "score", "lowered to", "left alone because"):
+        for column in ("layers", "found as", "heads", "cache", "reads", "score", "lowered to"):
             table.add_column(column, overflow="fold")
-        for site in self.report.sites:
-            layer = str(site.index if site.layer is None else site.layer)
-            heads = f"{site.heads} q / {site.kv_heads} kv x {site.head_dim}"
-            found, taps = f"{site.rule}, {site.spelling}", " ".join(site.taps)
-            table.add_row(layer, found, heads, site.cache, taps, site.score, site.lowering, site.refusal)
+        if self.report.reasons():
+            table.add_column("left alone because", overflow="fold")
+        for alike, sites in groupby(self.report.sites, _without_number):
+            numbers = [site.index if site.layer is None else site.layer for site in sites]
+            table.add_row(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", *alike)
         for refusal in self.report.refusals:
             table.add_row("-", refusal.rule, "", "", "", "", "", f"{refusal.node}: {refusal.reason}")
         return table
@@ -52,3 +53,10 @@ class Explanation:
         console = Console(file=io.StringIO(), width=160)
         console.print(self.table())
         return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def _without_number(site: Site) -> tuple[str, ...]:
+    """A site's cells but the first, and the reason only if there is one."""
+    heads = f"{site.heads} q / {site.kv_heads} kv x {site.head_dim}"
+    cells = (f"{site.rule}, {site.spelling}", heads, site.cache, " ".join(site.taps), site.score.replace(" ", "\n"), site.lowering)
+    return (*cells, site.refusal) if site.refusal else cells
