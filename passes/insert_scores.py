@@ -26,9 +26,10 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         with module.graph.inserting_before(end):
             builder = _Builder(module, site, plan)
             site.nodes["valid"] = builder.valid()
-            site.nodes["score"] = builder.build(plan.score)
+            site.nodes["score"] = builder.together(builder.build(plan.score))
         module.graph.erase_node(end)
-        site.score = " ".join(dict.fromkeys(op.op for op in plan.calls()))
+        ops = [op.op for op in plan.calls()] + ["chunk_mean"] * bool(plan.chunk)
+        site.score = " ".join(dict.fromkeys(ops))
 
 
 class _Builder:
@@ -58,10 +59,22 @@ class _Builder:
                 return self.call(expr)
         raise AssertionError(f"no such score expression: {expr!r}")
 
+    def together(self, score: fx.Node) -> fx.Node:
+        """Make equal the scores of what the plan keeps or drops together: heads of a layer, tokens of a chunk."""
+        if self.plan.shared:
+            mean = call(self.graph, aten.mean.dim, score, [1], True)
+            score = call(self.graph, aten.expand.default, mean, [-1, self.site.kv_heads, -1])
+        if self.plan.chunk:
+            valid = self.site.nodes["valid"]
+            score = self.op("chunk_mean", score, valid, self.plan.chunk, self.plan.sinks, self.plan.recent)
+        return score
+
     def call(self, expr: OpCall) -> fx.Node:
-        """Arguments by the op's schema: taps in order, then by name."""
+        """Arguments by the op's schema: taps in order, then by name; a scale that is not given is the model's."""
         schema = getattr(torch.ops.kvfx, expr.op).default._schema
-        given: dict[str, Any] = dict(expr.options) | {"valid": self.site.nodes["valid"], "layer": self.site.layer}
+        scale = self.site.nodes["attention"].args[6]
+        given: dict[str, Any] = {"scale": scale, "valid": self.site.nodes["valid"], "layer": self.site.layer}
+        given |= dict(expr.options)
         if expr.sketch is not None:
             given["sketch"] = self.sketch(expr)
         names = [argument.name for argument in schema.arguments]
