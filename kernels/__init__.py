@@ -7,13 +7,21 @@ One file holds one operator; `OPS` lists them all, and tests and benchmarks read
 from . import (
     attention,
     chunk_attention,
+    chunk_mean,
+    column_attention,
     compact,
+    key_diff,
     key_norm,
     kvpress_compactor,
+    kvpress_window_attention,
+    lag,
     leverage,
+    position,
     protect,
     random_score,
+    redundancy,
     select,
+    window_attention,
     zscore,
 )
 from .op import Dims, KernelOp
@@ -22,13 +30,21 @@ OPS: dict[str, KernelOp] = {
     "attention": attention.OP,
     "key_norm": key_norm.OP,
     "chunk_attention": chunk_attention.OP,
+    "window_attention": window_attention.OP,
+    "column_attention": column_attention.OP,
     "leverage": leverage.OP,
+    "key_diff": key_diff.OP,
+    "redundancy": redundancy.OP,
+    "lag": lag.OP,
+    "position": position.OP,
     "random": random_score.OP,
     "zscore": zscore.OP,
+    "chunk_mean": chunk_mean.OP,
     "protect": protect.OP,
     "select": select.OP,
     "compact": compact.OP,
     "kvpress_compactor": kvpress_compactor.OP,
+    "kvpress_window_attention": kvpress_window_attention.OP,
 }
 
 __all__ = ["OPS", "Dims", "KernelOp"]

@@ -1,11 +1,10 @@
 """Score by the attention received inside a chunk, without a causal mask."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .op import KernelOp, samples
-from .rows import chunk_slots, from_front, places, ranks, to_front, unchunk
+from .rows import chunk_slots, from_front, places, pooled, ranks, to_front, unchunk
 
 
 def chunk_attention(
@@ -53,11 +52,7 @@ def chunk_attention(
     if value is not None:
         norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
         score = score * to_front(norm, place)
-    if pool > 1:
-        present = unchunk(real.float(), tokens)
-        score = torch.where(present > 0, score, 0)
-        score = F.avg_pool1d(score, pool, 1, pool // 2) / F.avg_pool1d(present, pool, 1, pool // 2)
-    score = from_front(score, place)
+    score = from_front(pooled(score, unchunk(real.float(), tokens), "avg", pool), place)
     return score if valid is None else score.masked_fill(~valid[:, None], 0)
 
 

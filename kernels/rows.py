@@ -5,6 +5,7 @@ its answer back; hence a padded row gives what the row alone gives. Nothing here
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,13 +40,15 @@ def places(valid: Tensor | None) -> Tensor | None:
     return torch.where(valid, real, real[:, -1:] + (~valid).cumsum(-1)) - 1
 
 
+def sources(place: Tensor) -> Tensor:
+    """List the slots of each row's tokens, real ones first: [B, S] int64, the inverse of `places`."""
+    slot = torch.arange(place.shape[-1], device=place.device)
+    return torch.empty_like(place).scatter(-1, place, slot.expand_as(place))
+
+
 def to_front(x: Tensor, place: Tensor | None) -> Tensor:
     """Move the tokens of x, [B, H, S, ...], to their places; without padding x itself."""
-    if place is None:
-        return x
-    slot = torch.arange(place.shape[-1], device=place.device)
-    source = torch.empty_like(place).scatter(-1, place, slot.expand_as(place))
-    return x.gather(2, spread(source, x))
+    return x if place is None else x.gather(2, spread(sources(place), x))
 
 
 def from_front(x: Tensor, place: Tensor | None) -> Tensor:
@@ -74,3 +77,27 @@ def unchunk(x: Tensor, tokens: int) -> Tensor:
     """
     slot = torch.arange(tokens, device=x.device)
     return x.flatten(2).gather(2, slot.expand(x.shape[0], x.shape[1], -1))
+
+
+def pooled(score: Tensor, present: Tensor, kind: str, width: int) -> Tensor:
+    """Replace each score by the mean (`avg`) or the largest (`max`) of its real neighbours.
+
+    Args:
+        score: [B, H, S], real tokens at the front; anything elsewhere.
+        present: [B or 1, 1, S] float, 1 where a token is real.
+        kind: `avg` or `max`.
+        width: odd number of neighbours, the token itself among them; those beyond the row's ends do not count.
+
+    Returns:
+        [B, H, S]; meaningless where no token is real.
+    """
+    if kind not in ("avg", "max"):
+        raise ValueError(f"pool_kind={kind!r}: expected avg or max")
+    if width == 1:
+        return score
+    if kind == "max":
+        score = torch.where(present > 0, score, torch.finfo(torch.float32).min)
+        # Two axes, because one-dimensional max pooling asks for the length's sign of contiguity when traced.
+        return F.max_pool2d(score, (1, width), 1, (0, width // 2))
+    score = torch.where(present > 0, score, 0)
+    return F.avg_pool1d(score, width, 1, width // 2) / F.avg_pool1d(present, width, 1, width // 2)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.scores import SCORES, Real, ScoreRow, Value, Word, bind, shortest, write_number
+from kvfx.params import Real, Value, Word, bind, shortest, write_number
+from kvfx.scores import SCORES, ScoreRow
 
 
 @dataclass(frozen=True)

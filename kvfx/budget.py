@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.scores import Int, bind, write_number
+from kvfx.params import Int, bind, write_number
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -31,7 +32,13 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
     """
     if policy.score is None or policy.budget is None:
         return Plan(None)
-    lowered = Plan(_expr(policy.score, policy.budget.keep), policy.protect.sinks, policy.protect.recent)
+    lowered = Plan(
+        _expr(policy.score, policy.budget.keep),
+        policy.protect.sinks,
+        policy.protect.recent,
+        shared=policy.align == "shared",
+        chunk=policy.unit.arg or 0,
+    )
     if sketches is None:
         return lowered
     sizes = {call.sketch.size for call in lowered.calls() if call.sketch}
@@ -41,7 +48,7 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
             f"sketches of shape {shapes or 'none'} do not fit {policy.name}, whose sketches have "
             f"{' and '.join(map(str, sorted(sizes))) or 'no'} columns. Give one [Hkv, D, size] per layer, or none."
         )
-    return Plan(lowered.score, lowered.sinks, lowered.recent, tuple(sketches), sketch_digest(sketches))
+    return replace(lowered, sketches=tuple(sketches), sketch_digest=sketch_digest(sketches))
 
 
 def sketch_digest(sketches: Sequence[Tensor]) -> str:

@@ -20,14 +20,18 @@ from kvfx import algebra, presets
 from kvfx.algebra import Atom, Score, ZScore, parts
 from kvfx.budget import Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
+from kvfx.params import Int, OneOf, Word
 from kvfx.scores import SCORES
 
 NOTHING = Protect()
-AXES = ("score", "budget", "protect", "pos")
+TOKEN = Word("token")
+AXES = ("score", "unit", "align", "budget", "protect", "pos")
+UNIT = OneOf({"token": None, "chunk": Int(2)})
+BUILT = {"unit": ("token", "chunk"), "align": ("perhead", "shared"), "budget": ("uniform",), "pos": ("keep",)}
 # Axes and values that nothing lowers yet: named, so that the error can tell them from spelling mistakes.
 PLANNED = {
-    "unit": ("token", "chunk", "page", "span", "channel", "rowchannel", "head", "layer"),
-    "align": ("perhead", "shared", "composite", "reuse"),
+    "unit": ("page", "span", "channel", "rowchannel", "head", "layer"),
+    "align": ("composite", "reuse"),
     "budget": ("heads", "layers"),
     "when": ("prefill_end", "chunk", "every", "step", "segment", "overflow", "cascade", "offline"),
     "evicted": ("drop", "compensate", "merge", "prototype", "demote"),
@@ -43,28 +47,45 @@ def axis_error(axis: str, value: str = "") -> PolicyError:
     """Return the error for an axis, or a value of one, that is not built or not known."""
     what = f"{axis}={value}" if value else axis
     if value in PLANNED.get(axis, ()) or (not value and axis in PLANNED):
-        built = {"budget": "budget=uniform(...)", "pos": "pos=keep"}.get(axis, f"the axes {', '.join(AXES)}")
+        built = f"{axis}={' or '.join(BUILT[axis])}" if axis in BUILT else f"the axes {', '.join(AXES)}"
         return PolicyError(f"'{what}' is planned but not built yet, and nothing is ignored silently. Built: {built}.")
     if value:
-        return unknown_name(f"value of the axis {axis}:", value, {"budget": ["uniform"], "pos": ["keep"]}.get(axis, ()))
+        return unknown_name(f"value of the axis {axis}:", value, BUILT.get(axis, ()))
     return unknown_name("axis", axis, AXES)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What to keep. `score=None` keeps everything, and then there is no budget."""
+    """What to keep. `score=None` keeps everything, and then there is no budget.
+
+    Attributes:
+        score: what a token is worth, higher = keep.
+        budget: how many slots a KV head keeps.
+        protect: the tokens that stay anyway.
+        pos: what RoPE phase kept keys hold.
+        unit: what stays or leaves as a whole: `token`, or `chunk(n)`, runs of n real tokens by their mean score.
+        align: `perhead`, each KV head chooses for itself, or `shared`, all of a layer keep the same tokens.
+    """
 
     score: Score | None
     budget: Budget | None = None
     protect: Protect = NOTHING
     pos: str = "keep"
+    unit: Word = TOKEN
+    align: str = "perhead"
 
     def __post_init__(self) -> None:
         if self.pos != "keep":
             raise axis_error("pos", str(self.pos))
+        if self.align not in BUILT["align"]:
+            raise axis_error("align", str(self.align))
+        if UNIT.read(self.unit) is None:
+            if getattr(self.unit, "name", str(self.unit)) not in BUILT["unit"]:
+                raise axis_error("unit", getattr(self.unit, "name", str(self.unit)))
+            raise PolicyError(f"unit={self.unit} is not built: unit takes {UNIT}.")
         if self.score is None:
-            if self.budget or self.protect != NOTHING:
-                raise PolicyError("the score none keeps everything, so it takes no budget and no protect. Write: none.")
+            if self.budget or self.protect != NOTHING or self._together():
+                raise PolicyError("the score none keeps everything, so it takes no other axis. Write: none.")
             return
         for part in parts(self.score):
             if isinstance(part, ZScore) and not any(isinstance(inner, Atom) for inner in parts(part.of)):
@@ -86,6 +107,11 @@ class Policy:
     def atoms(self) -> Iterator[Atom]:
         """The score's atoms, left to right."""
         return (part for part in parts(self.score) if isinstance(part, Atom)) if self.score else iter(())
+
+    def _together(self) -> list[str]:
+        """The clauses about what is kept together, as text."""
+        unit = [f"unit={self.unit}"] if self.unit != TOKEN else []
+        return unit + ([f"align={self.align}"] if self.align != "perhead" else [])
 
     @property
     def batch_coupled(self) -> str:
@@ -110,7 +136,7 @@ class Policy:
         if isinstance(self.score, Atom) and self.score.name in presets.PRESETS:
             head = f"({head})"  # a bare name would be read as the preset
         clauses = [str(self.protect)] if self.protect != NOTHING else []
-        return " | ".join([head, str(self.budget), *clauses])
+        return " | ".join([head, *self._together(), str(self.budget), *clauses])
 
     @classmethod
     def parse(cls, text: str) -> Policy:
@@ -126,6 +152,8 @@ class Policy:
         protect = {"sinks": self.protect.sinks, "recent": self.protect.recent}
         return {
             "score": algebra.to_data(self.score),
+            "unit": self.unit.name if self.unit.arg is None else {self.unit.name: self.unit.arg},
+            "align": self.align,
             "budget": self.budget.to_dict(),
             "protect": protect,
             "pos": self.pos,
@@ -147,6 +175,8 @@ class Policy:
             Budget.from_dict(budget["uniform"]) if budget is not None else None,
             Protect.from_dict(protect),
             data.get("pos", "keep"),
+            _unit(data.get("unit", "token")),
+            data.get("align", "perhead"),
         )
 
     def to_json(self) -> str:
@@ -172,6 +202,17 @@ class Policy:
             return as_policy(yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise PolicyError(f"this policy is not YAML: {error}") from None
+
+
+def _unit(data: Any) -> Word:
+    """Read `"token"` or `{"chunk": 20}`."""
+    match data:
+        case str():
+            return Word(data)
+        case Mapping() if len(data) == 1:
+            [(name, arg)] = data.items()
+            return Word(name, arg)
+    raise PolicyError(f"unit is {data!r}: expected {UNIT}, as 'token' or {{'chunk': 20}}.")
 
 
 def as_policy(value: str | Mapping[str, Any] | Policy) -> Policy:

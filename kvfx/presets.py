@@ -50,13 +50,26 @@ def expand(name: str, args: Mapping[str, str]) -> str:
 def label(text: str) -> str:
     """Return a canonical policy text as a preset, `compactor:0.5` or `random(seed=3):0.25`; or as it is."""
     for name, preset in PRESETS.items():
-        pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+|-?[\\d.][\\w.+/-]*)", re.escape(preset.policy))
-        if match := re.fullmatch(pattern, text):
+        if match := re.fullmatch(_pattern(preset.policy), text):
             args = {param: value for param, value in match.groupdict().items() if value != preset.params[param]}
             keep = match.groupdict().get("keep")
             changed = ", ".join(f"{param}={args[param]}" for param in preset.params if param in args and param != "keep")
             return name + (f"({changed})" if changed else "") + (f":{keep}" if keep else "")
     return text
+
+
+def _pattern(policy: str) -> str:
+    """Return the pattern of a preset's texts; a parameter that stands again must stand for the same again."""
+    named: set[str] = set()
+
+    def group(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in named:
+            return f"(?P={name})"
+        named.add(name)
+        return rf"(?P<{name}>\w+|-?[\d.][\w.+/-]*)"
+
+    return re.sub(r"\\\{(\w+)\\\}", group, re.escape(policy))
 
 
 def table_markdown() -> str:

@@ -5,124 +5,16 @@ A new score is one row in `SCORES` and one op in `kvfx.kernels`. Parser, checks,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from kvfx.errors import PolicyError, unknown_name
+from kvfx.errors import PolicyError
+from kvfx.params import Int, OneOf, Param, Real, Value, Word, words
 from kvfx.passes.plan import OpCall, Sketch
 
-
-@dataclass(frozen=True)
-class Word:
-    """A named choice, some with one number: `norm`, `chunk(256)`."""
-
-    name: str
-    arg: int | None = None
-
-    def __str__(self) -> str:
-        return self.name if self.arg is None else f"{self.name}({self.arg})"
-
-
-Value = int | float | Word
 Args = Mapping[str, Any]  # an atom's values by parameter, each checked by its Param
-
-
-def shortest(value: float) -> int | float:
-    """Return whole numbers as integers, so that equal numbers are written alike."""
-    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
-
-
-def write_number(value: int | float | Fraction) -> str:
-    """Write a number as short as it can be without losing any of it: `48`, `0.3`, `1e-05`, `1/3`."""
-    if isinstance(value, Fraction):
-        try:
-            decimal = write_number(float(value))
-        except OverflowError:
-            return str(value)
-        return decimal if Fraction(decimal) == value else str(value)
-    return str(shortest(value))
-
-
-def bind(what: str, names: Iterable[str], arguments: Iterable[tuple[str | None, Any]]) -> dict[str, Any]:
-    """Give each argument, named or in its place (name None), to one of `names`."""
-    names = list(names)
-    bound: dict[str, Any] = {}
-    places = iter(names)
-    for name, value in arguments:
-        name = name or next(places, None)
-        if name is None:
-            raise PolicyError(f"{what} takes {len(names)} arguments at most: {', '.join(names) or 'none'}.")
-        if name not in names:
-            raise unknown_name(f"argument of {what}:", name, names)
-        if name in bound:
-            raise PolicyError(f"{what}: the argument {name} is given twice. Give it once.")
-        bound[name] = value
-    return bound
-
-
-@dataclass(frozen=True)
-class Int:
-    """An integer parameter that fits 64 bits."""
-
-    least: int = 0
-    odd: bool = False
-
-    def read(self, value: Any) -> int | None:
-        """Return the value in its normal form, or None if the parameter does not take it."""
-        value = shortest(value) if isinstance(value, float) else value
-        fits = type(value) is int and self.least <= value < 2**63 and (value % 2 == 1 or not self.odd)
-        return value if fits else None
-
-    def __str__(self) -> str:
-        return f"an {'odd ' if self.odd else ''}integer >= {self.least}"
-
-
-@dataclass(frozen=True)
-class Real:
-    """A finite number."""
-
-    def read(self, value: Any) -> int | float | None:
-        """See `Int.read`."""
-        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
-            return None
-        return shortest(float(value)) + 0  # -0.0 is written as 0
-
-    def __str__(self) -> str:
-        return "a number"
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """One of some words, each mapped to the number it takes or None; or, if `number`, a plain number."""
-
-    words: Mapping[str, Int | None]
-    number: Real | None = None
-
-    def read(self, value: Any) -> Value | None:
-        """See `Int.read`."""
-        match value:
-            case Word(name, None) if name in self.words and self.words[name] is None:
-                return value
-            case Word(name, arg) if (takes := self.words.get(name)) and takes.read(arg) is not None:
-                return value
-        return self.number.read(value) if self.number else None
-
-    def __str__(self) -> str:
-        words = [name if takes is None else f"{name}(n), n {takes}" for name, takes in self.words.items()]
-        return " or ".join([str(self.number)] * (self.number is not None) + words)
-
-
-@dataclass(frozen=True)
-class Param:
-    """A parameter of an atom. `bare`: written without its name, as `48` in `leverage(48, ...)`."""
-
-    name: str
-    default: Value
-    takes: Int | Real | OneOf
-    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,10 +65,50 @@ def _key_norm(args: Args, keep: Fraction | None) -> OpCall:
     return OpCall("key_norm", ("key",))
 
 
-def _chunk_attention(args: Args, keep: Fraction | None) -> OpCall:
+# What `attn` takes beside each q, one row per kernel op.
+_ATTENTION = {
+    "chunk": {"mask": ("none",), "over": ("sum",), "heads": ("sum",), "pool": ("avg", "none"), "scale": ("a number",)},
+    "win": {"mask": ("causal",), "over": ("sum", "mean", "max", "count", "squares"), "heads": ("mean", "max", "layer")},
+    "all": {"mask": ("causal",), "over": ("sum", "count", "squares"), "heads": ("mean", "max", "layer")},
+}
+
+
+def _attention(args: Args, keep: Fraction | None) -> OpCall:
+    q, pool, scale = args["q"], args["pool"], args["scale"]
+    form = "win" if q.name == "last" else q.name
+    wrong = []
+    for name, built in _ATTENTION[form].items():
+        given = args[name].name if isinstance(args[name], Word) else "a number"
+        if given not in built:
+            wrong.append(f"{name}={args[name]} is not built, {name} takes {' or '.join(built)}")
+    if wrong:
+        raise PolicyError(f"attn with q={q}: {'; '.join(wrong)}.")
     taps = ("query", "key", "value") if args["v"] == Word("norm") else ("query", "key")
-    options = (("chunk", _argument(args["q"])), ("scale", float(args["scale"])), ("pool", _argument(args["pool"]) or 1))
-    return OpCall("chunk_attention", taps, options=options)
+    width = (("pool", _argument(pool) or 1),)
+    factor = () if isinstance(scale, Word) else (("scale", float(scale)),)
+    if form == "chunk":
+        return OpCall("chunk_attention", taps, options=(("chunk", q.arg), *factor, *width))
+    reduce = (("reduce", args["over"].name), ("heads", args["heads"].name))
+    options = (*factor, *reduce, *width, ("pool_kind", "avg" if pool == Word("none") else pool.name))
+    if form == "win":
+        return OpCall("window_attention", taps, options=(("window", q.arg or 1), *options))
+    return OpCall("column_attention", taps, options=options)
+
+
+def _key_diff(args: Args, keep: Fraction | None) -> OpCall:
+    return OpCall("key_diff", ("key",))
+
+
+def _redundancy(args: Args, keep: Fraction | None) -> OpCall:
+    return OpCall("redundancy", ("key",))
+
+
+def _lag(args: Args, keep: Fraction | None) -> OpCall:
+    return OpCall("lag", ("key", "value"), options=(("lag", args["size"]), ("sinks", args["sinks"])))
+
+
+def _position(args: Args, keep: Fraction | None) -> OpCall:
+    return OpCall("position", ("key",))
 
 
 def _leverage(args: Args, keep: Fraction | None) -> OpCall:
@@ -186,6 +118,11 @@ def _leverage(args: Args, keep: Fraction | None) -> OpCall:
 
 def _random(args: Args, keep: Fraction | None) -> OpCall:
     return OpCall("random", ("key",), options=(("seed", args["seed"]),))
+
+
+def _kvpress_window_attention(args: Args, keep: Fraction | None) -> OpCall:
+    options = (("window", args["window"]), ("kernel", args["kernel"]), ("layer", args["heads"] == Word("layer")))
+    return OpCall("kvpress_window_attention", ("query", "key"), options=options)
 
 
 def _kvpress_compactor(args: Args, keep: Fraction | None) -> OpCall:
@@ -215,18 +152,26 @@ SCORES: dict[str, ScoreRow] = {
         cost="reads the key once",
     ),
     "attn": ScoreRow(
-        summary="attention that a token receives from the queries of its own chunk, causality dropped",
-        params=(
-            Param("q", Word("chunk", 256), OneOf({"chunk": Int(1)})),
-            Param("mask", Word("none"), OneOf({"none": None})),
-            Param("over", Word("sum"), OneOf({"sum": None})),
-            Param("v", Word("norm"), OneOf({"norm": None, "none": None})),
-            Param("pool", Word("avg", 3), OneOf({"avg": Int(1, odd=True), "none": None})),
-            Param("scale", 1, Real()),
+        summary=(
+            "attention that a token receives from the queries `q`: of its own chunk (`mask=none`), of the last n, "
+            "of the last one or of all (`mask=causal`); reduced `over` those queries, then over query `heads` "
+            "(`layer`: all of the layer), then weighted by `v`, then pooled. `scale=model` is the model's own"
         ),
-        lower=_chunk_attention,
-        source="Compactor, arXiv:2507.08143, section on non-causal attention; kvpress NonCausalAttnPress",
-        cost="one attention over chunks: 2 D chunk multiply-adds per query head",
+        params=(
+            Param("q", Word("chunk", 256), OneOf({"chunk": Int(1), "win": Int(1), "last": None, "all": None})),
+            Param("mask", Word("none"), words("none causal")),
+            Param("over", Word("sum"), words("sum mean max count squares")),
+            Param("heads", Word("sum"), words("sum mean max layer")),
+            Param("v", Word("norm"), words("norm none")),
+            Param("pool", Word("avg", 3), OneOf({"avg": Int(1, odd=True), "max": Int(1, odd=True), "none": None})),
+            Param("scale", 1, OneOf({"model": None}, number=Real())),
+        ),
+        lower=_attention,
+        source=(
+            "chunk: Compactor, arXiv:2507.08143, section on non-causal attention; kvpress NonCausalAttnPress. "
+            "win: SnapKV, arXiv:2404.14469. last: TOVA, arXiv:2401.06104. all: H2O, arXiv:2306.14048"
+        ),
+        cost="multiply-adds per query head: 2 D chunk; D win; 2 D S for all, two attentions more",
     ),
     "leverage": ScoreRow(
         summary="statistical leverage of the sketched key: how far it sticks out of its chunk",
@@ -240,12 +185,56 @@ SCORES: dict[str, ScoreRow] = {
         source="Compactor, arXiv:2507.08143, Algorithm 1; the authors' engine compactor-vllm",
         cost="D size + 1.5 size^2 multiply-adds, and one Cholesky of [size, size] per chunk",
     ),
+    "keydiff": ScoreRow(
+        summary="distance from the common direction: minus the cosine to the mean of the row's unit keys",
+        params=(),
+        lower=_key_diff,
+        source="KeyDiff, arXiv:2504.15364",
+        cost="reads the key twice",
+    ),
+    "redundancy": ScoreRow(
+        summary="mean cosine to the other keys; `-redundancy` keeps what no other token repeats",
+        params=(),
+        lower=_redundancy,
+        sign=-1,
+        source="R-KV, arXiv:2505.24133, without its softmax and its threshold",
+        cost="reads the key twice",
+    ),
+    "lag": ScoreRow(
+        summary="rank inside a block of `size` tokens, on the scale of the next block; the newest blocks come first",
+        params=(Param("size", 128, Int(2), bare=True), Param("sinks", 4, Int())),
+        lower=_lag,
+        source="LagKV, arXiv:2504.04704; kvpress LagKVPress",
+        cost="reads key and value twice, one sort per block",
+    ),
+    "recency": ScoreRow(
+        summary="place in the row: the newest stay",
+        params=(),
+        lower=_position,
+        source="StreamingLLM, arXiv:2309.17453",
+        cost="none to speak of",
+    ),
     "random": ScoreRow(
         summary="uniform noise from a counter, the baseline every score must beat",
         params=(SEED,),
         lower=_random,
         source="kvpress RandomPress",
         cost="none to speak of",
+    ),
+    "kvpress_window": ScoreRow(
+        summary="kvpress's SnapKVPress bug for bug, or with `heads=layer` its TOVAPress; the window's own tokens win",
+        params=(
+            Param("window", 64, Int(1), bare=True),
+            Param("kernel", 5, Int(1, odd=True)),
+            Param("heads", Word("mean"), words("mean layer")),
+        ),
+        lower=_kvpress_window_attention,
+        source="kvpress 0.5.5, SnapKVPress and TOVAPress",
+        cost="D window multiply-adds per query head",
+        batch_coupled=(
+            "kvpress does not look at padding, and its window is the last slots: give it one row, without padding. "
+            "Its float arithmetic on the length cannot be exported."
+        ),
     ),
     "kvpress_compactor": ScoreRow(
         summary="kvpress's CompactorPress bug for bug, with its own protection of 8 first and 4 last tokens",

@@ -13,9 +13,10 @@ from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 from kvfx.algebra import Atom, Combine, Number, Score, ZScore
 from kvfx.budget import Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
+from kvfx.params import Word, bind, write_number
 from kvfx.policy import AXES, PLANNED, Policy, axis_error
 from kvfx.presets import PRESETS, expand
-from kvfx.scores import SCORES, Word, bind, write_number
+from kvfx.scores import SCORES
 
 NOT_BUILT = {">": "stages in a row (>>)", ";": "phases (;)", "{": "policies inside policies ({})", '"': "files"}
 
@@ -121,6 +122,8 @@ def _read(text: str) -> Policy:
         _budget(axes["budget"], base.budget) if "budget" in axes else base.budget,
         _protect(axes["protect"], base.protect) if "protect" in axes else base.protect,
         str(_value("pos", axes["pos"])) if "pos" in axes else base.pos,
+        _value("unit", axes["unit"]) if "unit" in axes else base.unit,
+        str(_value("align", axes["align"])) if "align" in axes else base.align,
     )
 
 

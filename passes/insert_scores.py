@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
-from kvfx.passes.graph import aten, call, constant, schema_of, val
+from kvfx.passes.graph import aten, call, constant, inputs, schema_of, val
 from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, ZScore
 from kvfx.passes.report import Report, Site
 
@@ -27,9 +27,10 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             builder = _Builder(module, site, plan)
             if (valid := builder.valid()) is not None:
                 site.nodes["valid"] = valid
-            site.nodes["score"] = builder.build(plan.score)
+            site.nodes["score"] = builder.together(builder.build(plan.score))
         module.graph.erase_node(end)
-        site.score = " ".join(dict.fromkeys(op.op for op in plan.calls()))
+        ops = [op.op for op in plan.calls()] + ["chunk_mean"] * bool(plan.chunk)
+        site.score = " ".join(dict.fromkeys(ops))
 
 
 class _Builder:
@@ -59,10 +60,22 @@ class _Builder:
                 return self.call(expr)
         raise AssertionError(f"no such score expression: {expr!r}")
 
+    def together(self, score: fx.Node) -> fx.Node:
+        """Make equal the scores of what the plan keeps or drops together: heads of a layer, tokens of a chunk."""
+        if self.plan.shared:
+            mean = call(self.graph, aten.mean.dim, score, [1], True)
+            score = call(self.graph, aten.expand.default, mean, [-1, self.site.kv_heads, -1])
+        if self.plan.chunk:
+            valid = self.site.nodes.get("valid")
+            score = self.op("chunk_mean", score, valid, self.plan.chunk, self.plan.sinks, self.plan.recent)
+        return score
+
     def call(self, expr: OpCall) -> fx.Node:
-        """Arguments by the op's schema: taps in order, then by name."""
+        """Arguments by the op's schema: taps in order, then by name; a scale that is not given is the model's."""
         schema = schema_of(getattr(torch.ops.kvfx, expr.op).default)
-        given: dict[str, Any] = dict(expr.options) | {"valid": self.site.nodes.get("valid"), "layer": self.site.layer}
+        scale = inputs(self.site.nodes["attention"])[6]
+        given: dict[str, Any] = {"scale": scale, "valid": self.site.nodes.get("valid"), "layer": self.site.layer}
+        given |= dict(expr.options)
         if expr.sketch is not None:
             given["sketch"] = self.sketch(expr.sketch)
         names = [argument.name for argument in schema.arguments]

@@ -30,7 +30,7 @@ class OpCall:
     op: str
     taps: tuple[str, ...]
     sketch: Sketch | None = None
-    options: tuple[tuple[str, int | float | bool], ...] = ()
+    options: tuple[tuple[str, int | float | bool | str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Plan:
         score: the score expression, or None to store the cache whole.
         sinks: first real tokens of a row that are always kept.
         recent: last real tokens of a row that are always kept.
+        shared: one choice of tokens for all KV heads of a layer, by the mean of their scores.
+        chunk: tokens that stay or leave together; 0 means that each stands alone.
         sketches: per layer, a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` that replaces the drawn one.
         sketch_digest: sha256 over `sketches`; stands for them in comparisons.
     """
@@ -76,6 +78,8 @@ class Plan:
     recent: int = 0
     sketches: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
     sketch_digest: str | None = None
+    shared: bool = False
+    chunk: int = 0
 
     def calls(self) -> Iterator[OpCall]:
         """The op calls of the score, left to right."""

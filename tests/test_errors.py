@@ -19,7 +19,7 @@ HALF = "knorm:0.5"
 POLICIES = {
     "unknown name": ("knrom:0.5", r"unknown .*'knrom'.*Did you mean 'knorm'\? Known: .*compactor.*knorm.*random"),
     "unknown argument": ("compactor(siz=3)", r"unknown argument of the preset compactor: 'siz'.*Known: .*size"),
-    "unknown axis": ("knorm | budgte=uniform(0.5)", r"unknown axis 'budgte'.*Known: budget"),
+    "unknown axis": ("knorm | budgte=uniform(0.5)", r"unknown axis 'budgte'.*Known: .*budget"),
     "keep of nothing": ("knorm:0", r"keep=0 is outside \(0, 1\]"),
     "keep of more than all": ("knorm:1.5", r"keep=1\.5 is outside \(0, 1\]: a budget is the fraction kept"),
     "static conflict": (

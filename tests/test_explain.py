@@ -70,7 +70,7 @@ def test_a_model_that_has_not_run_and_no_inputs_is_an_error():
 
 
 def test_only_compressed_models_are_explained():
-    with pytest.raises(kvfx.InputError, match="was not made by kvfx.compile"):
+    with pytest.raises(kvfx.InputError, match=r"was not made by kvfx\.compile"):
         kvfx.explain(decoder("llama", 2, 2, 16, 0))
 
 

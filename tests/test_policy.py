@@ -13,11 +13,12 @@ from kvfx.algebra import Atom, Combine, Number, ZScore
 from kvfx.budget import Budget, Protect
 from kvfx.errors import PolicyError
 from kvfx.lower import lower, sketch_digest
+from kvfx.params import Int, OneOf, Real, Word
 from kvfx.passes import plan
 from kvfx.passes.plan import OpCall, Plan, Scalar, Sketch
 from kvfx.policy import PLANNED, Policy, as_policy
 from kvfx.presets import PRESETS, table_markdown
-from kvfx.scores import SCORES, Int, OneOf, Real, Word
+from kvfx.scores import SCORES
 
 DOCS = Path(__file__).parent.parent / "docs" / "policy.md"
 
@@ -33,8 +34,28 @@ def values(takes):
             return st.one_of(*choices, *([values(number)] if number else []))
 
 
+def words(names):
+    return st.sampled_from([Word(name) for name in names.split()])
+
+
+def attention():
+    """The combinations of `attn` that are built."""
+    free = {param.name: values(param.takes) for param in SCORES["attn"].params}
+    causal = free | {"mask": words("causal"), "heads": words("mean max layer")}
+    chunk = {"q": values(OneOf({"chunk": Int(1)})), "mask": words("none"), "over": words("sum"), "heads": words("sum")}
+    average = values(OneOf({"avg": Int(1, odd=True), "none": None}))
+    return st.one_of(
+        st.fixed_dictionaries(causal | {"q": values(OneOf({"win": Int(1), "last": None}))}),
+        st.fixed_dictionaries(causal | {"q": words("all"), "over": words("sum count squares")}),
+        st.fixed_dictionaries(free | chunk | {"pool": average, "scale": values(Real())}),
+    )
+
+
 def atoms():
-    rows = [st.fixed_dictionaries({p.name: values(p.takes) for p in row.params}) for row in SCORES.values()]
+    rows = [
+        attention() if name == "attn" else st.fixed_dictionaries({p.name: values(p.takes) for p in row.params})
+        for name, row in SCORES.items()
+    ]
     return st.one_of(*(args.map(lambda args, n=name: Atom(n, **args)) for name, args in zip(SCORES, rows, strict=True)))
 
 
@@ -48,6 +69,7 @@ def scores():
     return st.one_of(atoms(), st.builds(Combine, st.sampled_from("+-*"), leaves, atoms()), st.builds(ZScore, atoms()))
 
 
+SCORE = scores()  # made once: making it takes longer than drawing from it
 KEEPS = st.one_of(
     st.integers(1, 10**9).map(lambda n: Fraction(n, 10**9)),
     st.integers(1, 1000).flatmap(lambda d: st.integers(1, d).map(lambda n: Fraction(n, d))),
@@ -56,15 +78,19 @@ KEEPS = st.one_of(
 
 @st.composite
 def policies(draw):
-    score = draw(scores())
+    score = draw(SCORE)
     kvpress = st.builds(Budget, KEEPS, rounding=st.just("kvpress"))
     budget = draw(st.one_of(st.builds(Budget, KEEPS), st.builds(Budget, tokens=st.integers(1, 10**6)), kvpress))
     ends = st.integers(0, 2**20 if budget.tokens is None else budget.tokens // 2)
     protect = draw(st.builds(Protect, ends, ends)) if budget.rounding == "floor" else Protect()
+    together = {
+        "unit": draw(values(OneOf({"token": None, "chunk": Int(2)}))),
+        "align": draw(st.sampled_from(["perhead", "shared"])),
+    }
     try:
-        return Policy(score, budget, protect)
+        return Policy(score, budget, protect, **together)
     except PolicyError:  # blend=removed under a count
-        return Policy(score, Budget(draw(KEEPS)), protect)
+        return Policy(score, Budget(draw(KEEPS)), protect, **together)
 
 
 @settings(max_examples=70, deadline=None)
@@ -123,10 +149,15 @@ def test_every_number_of_a_preset_has_a_source(name):
         ("random:0.25(7)", "random(seed=7):0.25"),
         ("-knorm | budget=uniform(keep=0.2)", "knorm:0.2"),
         ("  none ", "none"),
+        ("snapkv(window=32)", "snapkv(window=32):0.5"),
+        ("snapkv(window=32) | protect(recent=8)", None),
+        ("chunkkv(chunk=10) | align=perhead", None),
+        ("keydiff | align=shared", "(keydiff) | align=shared | budget=uniform(0.5)"),
         ("leverage | budget=uniform(0.5)", "leverage(48, rope=pre, per=chunk(512), seed=0) | budget=uniform(0.5)"),
     ],
 )
 def test_labels_are_short(text, label):
+    label = label or str(Policy.parse(text))  # None: no preset says it
     assert Policy.parse(text).name == label
     assert Policy.parse(label) == Policy.parse(text)
 
@@ -163,9 +194,9 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
     [
         (
             "compacter:0.5",
-            r"unknown policy 'compacter'. Did you mean 'compactor'\? Known: compactor, compactor@kvpress, knorm",
+            r"unknown policy 'compacter'. Did you mean 'compactor'\? Known: chunkkv, compactor, compactor@kvpress, ",
         ),
-        ("snapkv", "unknown policy 'snapkv'.*leverage"),
+        ("adakv", "unknown policy 'adakv'.*leverage"),
         ("compactor@engine:0.5", "unknown policy 'compactor@engine'"),
         ("-knormal | budget=uniform(0.5)", r"unknown score 'knormal'. Did you mean 'knorm'\?"),
         ("compactor(sed=3)", r"unknown argument of the preset compactor: 'sed'. Did you mean 'seed'\?"),
@@ -180,8 +211,14 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
         ("compactor:1.5", r"keep=1.5 is outside \(0, 1\]"),
         ("compactor:1e999", r"is outside \(0, 1\]"),
         ("compactor:0.12345678912", "nine decimals at most"),
-        ("attn(q=win(64)) | budget=uniform(0.5)", r"attn\(q=win\(64\)\) is not built: q takes chunk\(n\)"),
-        ("attn(pool=avg(4)) | budget=uniform(0.5)", r"pool takes avg\(n\), n an odd integer >= 1 or none"),
+        ("attn(q=gauss(64)) | budget=uniform(0.5)", r"attn\(q=gauss\(64\)\) is not built: q takes chunk\(n\)"),
+        (
+            "attn(q=win(64)) | budget=uniform(0.5)",
+            r"attn with q=win\(64\): mask=none is not built, mask takes causal; heads=sum is not built",
+        ),
+        ("attn(q=all, mask=causal, over=max, heads=mean) | budget=uniform(0.5)", "over takes sum or count or squares"),
+        ("attn(scale=model) | budget=uniform(0.5)", "scale=model is not built, scale takes a number"),
+        ("attn(pool=avg(4)) | budget=uniform(0.5)", r"pool takes avg\(n\), n an odd integer >= 1 or max\(n\)"),
         ("1e999*knorm | budget=uniform(0.5)", "too large"),
         (
             "compactor | budget=uniform(tokens=8)",
@@ -203,8 +240,16 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
         ("knorm + zscore(3) | budget=uniform(0.5)", "standardises a constant"),
         ("compactor | budget=heads(0.3)", "'budget=heads' is planned but not built yet"),
         ("compactor | pos=rerotate", "'pos=rerotate' is planned but not built yet.*Built: pos=keep"),
-        ("compactor | composite", "'align' is planned but not built yet"),
-        ("compactor | colour=red", "unknown axis 'colour'. Known: budget, pos, protect, score"),
+        ("compactor | composite", "'align=composite' is planned but not built yet.*Built: align=perhead or shared"),
+        ("compactor | unit=head", "'unit=head' is planned but not built yet.*Built: unit=token or chunk"),
+        (
+            "compactor | unit=chunk(1)",
+            r"unit=chunk\(1\) is not built: unit takes token or chunk\(n\), n an integer >= 2",
+        ),
+        ("compactor | unit=word", "unknown value of the axis unit: 'word'. Known: chunk, token"),
+        ("compactor | align=none", "unknown value of the axis align: 'none'. Known: perhead, shared"),
+        ("none | align=shared", "keeps everything"),
+        ("compactor | colour=red", "unknown axis 'colour'. Known: align, budget, pos, protect, score, unit"),
         ("compactor >> none", "stages in a row"),
         ("compactor ; none", "phases"),
     ],
@@ -215,9 +260,9 @@ def test_bad_policies_are_refused_with_their_reason(text, message):
     assert text in str(refusal.value)
 
 
-@pytest.mark.parametrize("axis", sorted(set(PLANNED) - {"budget", "pos"}))
+@pytest.mark.parametrize("axis", sorted(set(PLANNED) - {"budget", "pos", "unit", "align"}))
 def test_axes_that_are_not_built_are_refused(axis):
-    with pytest.raises(PolicyError, match=f"'{axis}' is planned but not built yet.*score, budget, protect, pos"):
+    with pytest.raises(PolicyError, match=f"'{axis}' is planned but not built yet.*score, unit, align, budget"):
         Policy.parse(f"compactor:0.5 | {axis}={PLANNED[axis][0]}")
     with pytest.raises(PolicyError, match=f"'{axis}' is planned"):
         Policy.from_dict({**Policy.parse("compactor").to_dict(), axis: PLANNED[axis][0]})
@@ -249,6 +294,9 @@ def test_a_syntax_error_points_at_its_place(text, caret, expected):
         {"score": {"knorm": {}}, "budget": {"uniform": {"keep": "half"}}},
         {"score": {"leverage": {"size": True}}, "budget": {"uniform": {"keep": 0.5}}},
         {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "protect": {"sinks": 1.5}},
+        {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "unit": 20},
+        {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "unit": {"chunk": "many"}},
+        {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "align": ["shared"]},
         3,
     ],
 )
@@ -306,7 +354,8 @@ def test_with_keep_changes_only_the_keep():
 
 
 def test_only_kvpress_couples_the_rows_of_a_batch():
-    assert [name for name in PRESETS if Policy.parse(name).batch_coupled] == ["compactor@kvpress"]
+    coupled = [name for name in PRESETS if Policy.parse(name).batch_coupled]
+    assert coupled == ["compactor@kvpress", "snapkv@kvpress", "tova@kvpress"]
 
 
 ATTENTION = OpCall("chunk_attention", ("query", "key", "value"), None, (("chunk", 256), ("scale", 1.0), ("pool", 3)))
@@ -314,11 +363,38 @@ LEVERAGE = OpCall("leverage", ("pre_key",), Sketch(48, 0), (("chunk", 512),))
 KEY_NORM = OpCall("key_norm", ("key",))
 KVPRESS = OpCall("kvpress_compactor", ("query", "key", "value", "pre_key"), Sketch(48, 0), (("blend", 0.5), ("chunk", 256)))
 COMPACTOR = plan.Combine("add", plan.ZScore(ATTENTION), plan.Combine("mul", Scalar(0.3), plan.ZScore(LEVERAGE)))
+
+
+def attention_call(op, *options, pool=1):
+    tail = (("heads", "mean"), ("pool", pool), ("pool_kind", "avg"))
+    return OpCall(op, ("query", "key"), None, (*options, *tail))
+
+
+SNAPKV = attention_call("window_attention", ("window", 64), ("reduce", "mean"), pool=5)
+TOVA = (("window", 1), ("reduce", "mean"), ("heads", "layer"), ("pool", 1), ("pool_kind", "avg"))
+
+
+def kvpress_window(window, kernel, layer):
+    options = (("window", window), ("kernel", kernel), ("layer", layer))
+    return Plan(OpCall("kvpress_window_attention", ("query", "key"), None, options))
+
+
 PLANS = {
     "none": Plan(None),
     "knorm": Plan(KEY_NORM),
     "compactor": Plan(COMPACTOR, sinks=8, recent=4),
     "compactor@kvpress": Plan(KVPRESS),
+    "knorm@kvpress": Plan(KEY_NORM),
+    "keydiff@kvpress": Plan(OpCall("key_diff", ("key",))),
+    "snapkv@kvpress": kvpress_window(64, 5, False),
+    "tova@kvpress": kvpress_window(1, 1, True),
+    "streaming_llm": Plan(OpCall("position", ("key",)), sinks=4),
+    "keydiff": Plan(OpCall("key_diff", ("key",))),
+    "snapkv": Plan(SNAPKV, recent=64),
+    "tova": Plan(OpCall("window_attention", ("query", "key"), None, TOVA), recent=1),
+    "h2o_prefill": Plan(attention_call("column_attention", ("reduce", "count"))),
+    "lagkv": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4))), sinks=4),
+    "chunkkv": Plan(SNAPKV, recent=64, shared=True, chunk=20),
     "random": Plan(OpCall("random", ("key",), None, (("seed", 0),))),
 }
 
@@ -337,6 +413,16 @@ def test_presets_are_lowered_to_their_plans(name):
         (
             "attn(v=none, pool=none)",
             OpCall("chunk_attention", ("query", "key"), None, (("chunk", 256), ("scale", 1.0), ("pool", 1))),
+        ),
+        ("-redundancy", OpCall("redundancy", ("key",))),
+        (
+            "attn(q=win(9), mask=causal, over=max, heads=max, v=norm, pool=max(3), scale=0.5)",
+            OpCall(
+                "window_attention",
+                ("query", "key", "value"),
+                None,
+                (("window", 9), ("scale", 0.5), ("reduce", "max"), ("heads", "max"), ("pool", 3), ("pool_kind", "max")),
+            ),
         ),
         ("leverage(16, rope=post, per=row, seed=9)", OpCall("leverage", ("key",), Sketch(16, 9), (("chunk", 0),))),
     ],

@@ -1,0 +1,98 @@
+"""Score by the attention received from the last queries of a prompt."""
+
+import torch
+from torch import Tensor
+
+from .columns import join_heads, weigh
+from .op import KernelOp, samples
+from .rows import places, ranks, sources
+
+REDUCE = ("mean", "sum", "max", "count", "squares")
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    valid: Tensor | None,
+    window: int,
+    scale: float | None,
+    reduce: str,
+    heads: str,
+    pool: int,
+    pool_kind: str,
+) -> Tensor:
+    """Score each token by the causal attention that the last `window` real queries of its row pay to it.
+
+    The observation window of SnapKV (Li et al., arXiv:2404.14469); one query and all heads give TOVA (Oren et al.,
+    arXiv:2401.06104). A row shorter than the window asks with all its queries. The window's own tokens get what the
+    formula gives: protecting them is not done here.
+
+    Args:
+        query: [B, Hq, S, D], any float dtype and strides; head h*G + g belongs to KV head h.
+        key: [B, Hkv, S, D].
+        value: [B, Hkv, S, Dv]; if given, scores are multiplied by the L2 norm of the token's value before pooling.
+        valid: [B, S] bool, False at padding; None means every token is real.
+        window: queries that ask.
+        scale: factor on the logits; None means 1/sqrt(D).
+        reduce: over the window's queries: `mean`, `sum`, `max`, `count` (the mean over those that see the token) or
+            `squares` (the sum of squares).
+        heads: over query heads, then: `mean` or `max` of the group, or `layer`, the mean over all query heads, the
+            same for every KV head.
+        pool: odd width of the pooling over neighbouring real tokens at the end; 1 means none.
+        pool_kind: `avg` (the number of real taps divides) or `max`.
+
+    Returns:
+        Scores, [B, Hkv, S] float32, not negative, higher = keep; 0 at padding.
+
+    Numerics: float32 throughout; each weight is exp(logit - log-sum-exp of its row).
+    Cost: 2*B*Hq*window*S*D flops, B*Hq*window*S floats of scratch.
+    """
+    groups, tokens, width = key.shape[1:]
+    rank, length = ranks(valid, tokens, key.device)
+    asks = length - window + torch.arange(window, device=key.device)  # ranks of the queries; negative: none there
+    slot = asks.clamp(min=0)
+    place = places(valid)
+    if place is not None:
+        slot = sources(place).gather(-1, slot)
+    asking = query.gather(2, slot[:, None, :, None].expand(query.shape[0], query.shape[1], -1, width)).float()
+    asking = asking * (width**-0.5 if scale is None else scale)
+    # The G heads of a group become rows of their KV head's matmul, so keys are not copied G times.
+    rows = asking.unflatten(1, (groups, -1)).flatten(2, 3)
+    logits = (rows @ key.float().transpose(-2, -1)).unflatten(2, (-1, window))  # [B, Hkv, G, W, S]
+    sees = rank[:, None] <= asks[..., None]  # [B or 1, W, S]
+    if valid is not None:
+        sees = sees & valid[:, None]
+    unseen = ~sees[:, None, None]
+    logits = logits.masked_fill(unseen, torch.finfo(torch.float32).min)
+    weights = (logits - logits.logsumexp(-1, keepdim=True)).exp().masked_fill(unseen, 0)
+    asked = length.clamp(1, window)
+    if reduce == "max":
+        columns = weights.amax(3)
+    elif reduce == "squares":
+        columns = weights.square().sum(3)
+    elif reduce == "sum":
+        columns = weights.sum(3)
+    elif reduce == "mean":
+        columns = weights.sum(3) / asked[:, None, None]
+    elif reduce == "count":
+        columns = weights.sum(3) / torch.minimum(asked, length - rank).clamp(min=1)[:, None, None]
+    else:
+        raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCE)}")
+    return weigh(join_heads(columns, heads), value, valid, pool, pool_kind)
+
+
+def _inputs(dims, dtype, device, seed):
+    B, H, G, S, D = dims
+    query, key, value = samples(dtype, device, seed, (B, H * G, S, D), (B, H, S, D), (B, H, S, D))
+    return query, key, value, None, 16, None, "mean", "mean", 5, "avg"
+
+
+OP = KernelOp(
+    "window_attention",
+    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, int window, float? scale, str reduce, str heads, "
+    "int pool, str pool_kind) -> Tensor",
+    window_attention,
+    _inputs,
+    cost="2*B*Hq*window*S*D flops",
+)

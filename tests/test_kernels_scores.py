@@ -1,0 +1,307 @@
+"""Scores that read attention, keys and places: each against a slow definition and what its formula implies."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvfx.kernels import OPS, Dims
+from test_kernels import CHUNK, LENGTHS, Case, cases, many, rows_alone
+from yardstick import assert_within_rounding
+
+kvfx = torch.ops.kvfx
+
+
+class Columns(NamedTuple):
+    """How attention is reduced to one score per key."""
+
+    scale: float | None
+    reduce: str
+    heads: str
+    pool: int
+    pool_kind: str
+
+
+def columns(reduce: tuple[str, ...]):
+    return st.builds(
+        Columns,
+        st.sampled_from([None, 0.35]),
+        st.sampled_from(reduce),
+        st.sampled_from(["mean", "max", "layer"]),
+        st.sampled_from([1, 3, 7]),
+        st.sampled_from(["avg", "max"]),
+    )
+
+
+def slow_columns(query, key, value, valid, window: int | None, how: Columns, dtype) -> Tensor:
+    """Attention received from the last `window` queries, from all if None."""
+
+    def row(q, k, v=None):
+        heads, n = k.shape[:2]
+        group = q.shape[0] // heads
+        scale = how.scale or q.shape[-1] ** -0.5
+        future = torch.ones(n, n, dtype=torch.bool).triu(1)
+        received = torch.zeros(heads, group, n, dtype=dtype)
+        for h, g in itertools.product(range(heads), range(group)):
+            logits = scale * q[h * group + g] @ k[h].T
+            weights = torch.softmax(logits.masked_fill(future, -torch.inf), -1)[-min(window or n, n) :]
+            sees = ~future[-min(window or n, n) :]
+            received[h, g] = {
+                "mean": weights.mean(0),
+                "sum": weights.sum(0),
+                "max": weights.amax(0),
+                "squares": (weights * weights).sum(0),
+                "count": weights.sum(0) / sees.sum(0),
+            }[how.reduce]
+        score = received.amax(1) if how.heads == "max" else received.mean(1)
+        if how.heads == "layer":
+            score = score.mean(0).repeat(heads, 1)
+        if v is not None:
+            score = score * (v * v).sum(-1).sqrt()
+        half = how.pool // 2
+        around = [score[:, max(0, j - half) : j + half + 1] for j in range(n)]
+        return torch.stack([x.mean(-1) if how.pool_kind == "avg" else x.amax(-1) for x in around], -1)
+
+    return rows_alone(row, [query, key] if value is None else [query, key, value], valid, dtype)
+
+
+@given(cases(), st.booleans(), st.sampled_from([1, 3, CHUNK]), columns(("mean", "sum", "max", "count", "squares")))
+@many
+def test_window_attention_matches_its_definition_row_by_row(case, weighted, window, how):
+    B, H, G, S, D = case.dims
+    query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))
+    arguments = (query, key, value if weighted else None, case.valid(), window)
+    exact, low = (slow_columns(*arguments, how, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_rounding(kvfx.window_attention(*arguments, *how), low, exact)
+
+
+@given(cases(), st.booleans(), columns(("sum", "count", "squares")))
+@many
+def test_column_attention_matches_its_definition_row_by_row(case, weighted, how):
+    B, H, G, S, D = case.dims
+    query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))
+    arguments = (query, key, value if weighted else None, case.valid())
+    exact, low = (slow_columns(*arguments, None, how, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_rounding(kvfx.column_attention(*arguments, *how), low, exact)
+
+
+@pytest.mark.parametrize("size", [1.0, 3.0])
+@pytest.mark.parametrize("reduce", ["sum", "squares"])
+def test_column_attention_stays_exact_over_thousands_of_tokens(reduce, size):
+    query, key = Case(Dims(), torch.float32, "none", False, 0).draw((1, 2, 2500, 64), (1, 1, 2500, 64))
+    how = Columns(None, reduce, "mean", 1, "avg")
+    exact, low = (slow_columns(size * query, size * key, None, None, None, how, d) for d in (torch.float64, torch.float32))
+    assert_within_rounding(kvfx.column_attention(size * query, size * key, None, None, *how), low, exact)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_queries_give_away_one_each_and_a_window_of_all_is_the_column(tokens):
+    query, key, *_ = OPS["column_attention"].inputs(Dims(S=tokens), torch.float32, "cpu", tokens)
+    how = Columns(None, "sum", "mean", 1, "avg")
+    column = kvfx.column_attention(query, key, None, None, *how)
+    window = kvfx.window_attention(query, key, None, None, 64, *how)
+    assert (column >= 0).all()
+    torch.testing.assert_close(column.sum(-1), torch.full((2, 2), float(tokens)))
+    torch.testing.assert_close(column, window)
+    few = kvfx.window_attention(query, key, None, None, 3, *how)
+    torch.testing.assert_close(few.sum(-1), torch.full((2, 2), float(min(3, tokens))))
+
+
+def test_over_all_heads_of_a_layer_every_kv_head_scores_alike():
+    query, key, *_ = OPS["window_attention"].inputs(Dims(G=3), torch.float32, "cpu", 0)
+    score = kvfx.window_attention(query, key, None, None, 1, None, "mean", "layer", 1, "avg")
+    assert torch.equal(score[:, 0], score[:, 1])
+
+
+def test_attention_ignores_a_shift_of_all_keys():
+    """A vector added to every key adds one number to all logits of a query."""
+    query, key, *_ = OPS["window_attention"].inputs(Dims(), torch.float32, "cpu", 0)
+    for reduce in ("sum", "count", "squares"):
+        how = (None, reduce, "mean", 3, "max")
+        for op in (lambda k, how=how: kvfx.window_attention(query, k, None, None, 8, *how),
+                   lambda k, how=how: kvfx.column_attention(query, k, None, None, *how)):  # fmt: skip
+            torch.testing.assert_close(op(key + 1.5), op(key), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["window_attention", "column_attention"])
+@pytest.mark.parametrize(("option", "value"), [("reduce", "median"), ("heads", "all"), ("pool_kind", "min")])
+def test_unknown_reductions_are_refused(op, option, value):
+    names = [argument.name for argument in OPS[op].overload._schema.arguments]
+    arguments = list(OPS[op].inputs(Dims(), torch.float32, "cpu", 0))
+    arguments[names.index(option)] = value
+    with pytest.raises(ValueError, match=f"{option}='{value}': expected"):
+        OPS[op].overload(*arguments)
+
+
+# Keys alone.
+
+
+def slow_cosines(key, valid, dtype, *, others: bool) -> Tensor:
+    """Minus the cosine to the mean unit key, or minus the mean cosine to the other keys."""
+
+    def head(k):
+        units = [x / x.norm() if x.norm() else x for x in k]
+        if others:
+            pairs = [[a @ b for j, b in enumerate(units) if i != j] for i, a in enumerate(units)]
+            return torch.stack([-sum(p) / len(p) if p else torch.zeros((), dtype=dtype) for p in pairs])
+        mean = sum(units) / len(units)
+        return torch.stack([-(x @ mean) / mean.norm() for x in units])
+
+    return rows_alone(lambda k: torch.stack([head(x) for x in k]), [key], valid, dtype)
+
+
+@given(cases(lengths=(1, 2, 9, 19)), st.booleans())
+@many
+def test_key_diff_and_redundancy_match_their_definitions(case, others):
+    B, H, _, S, D = case.dims
+    (key,) = case.draw((B, H, S, D))
+    exact, low = (slow_cosines(key, case.valid(), dtype, others=others) for dtype in (torch.float64, torch.float32))
+    op = kvfx.redundancy if others else kvfx.key_diff
+    actual = op(key, case.valid())
+    assert (actual.abs() <= 1 + 1e-5).all()
+    assert_within_rounding(actual, low, exact)
+
+
+def test_only_directions_count_and_equal_directions_are_all_alike():
+    key = torch.randn(2, 3, 30, 8, generator=torch.Generator().manual_seed(0))
+    lengths = 2.0 ** torch.randint(-9, 9, (2, 3, 30, 1))
+    for op in (kvfx.key_diff, kvfx.redundancy):
+        torch.testing.assert_close(op(key * lengths, None), op(key, None))
+        torch.testing.assert_close(op(key[:, :, :1] * lengths, None), torch.full((2, 3, 30), -1.0))
+        assert (op(torch.zeros(1, 1, 5, 4), None) == 0).all()
+    lone = torch.arange(30) == 7
+    assert (kvfx.redundancy(key, lone.repeat(2, 1)) == 0).all()
+    odd = key[:, :, :1].repeat(1, 1, 30, 1)
+    odd[:, :, 11] = -odd[:, :, 11]
+    assert (kvfx.key_diff(odd, None).argmax(-1) == 11).all()
+    assert (kvfx.redundancy(odd, None).argmax(-1) == 11).all()
+
+
+@given(cases())
+@many
+def test_position_counts_the_real_tokens(case):
+    B, H, _, S, D = case.dims
+    (key,) = case.draw((B, H, S, D))
+    rank = rows_alone(lambda k: torch.arange(0.0, k.shape[1]).expand(k.shape[:2]), [key], case.valid(), torch.float32)
+    assert torch.equal(kvfx.position(key, case.valid()), rank)
+
+
+# Blocks.
+
+
+def slow_lag(key, value, lag, sinks):
+    """Of one row without padding, [H, n, D]: where blocks have a next one, what they are ranked by; else None."""
+    n = key.shape[1]
+    count = max(0, (n - sinks) // lag)
+    blocks = []
+    for b in range(count - 1):
+        part = slice(sinks + b * lag, sinks + (b + 1) * lag)
+        after = slice(part.stop, part.stop + lag)
+        both = []
+        for x in (key.double(), value.double()):
+            low, high = x[:, after].amin(1, keepdim=True), x[:, after].amax(1, keepdim=True)
+            both.append(torch.softmax(((x[:, part] - low) / (high - low)).std(-1), -1))
+        blocks.append((part, (both[0] + both[1]) / 2))
+    return blocks
+
+
+@given(cases(lengths=(1, 5, 11, 16, 20, 45)), st.sampled_from([3, CHUNK]), st.sampled_from([0, 2, 4]))
+@many
+def test_lag_ranks_each_block_by_its_definition(case, lag, sinks):
+    B, H, _, S, D = case.dims
+    key, value = case.draw((B, H, S, D), (B, H, S, D + 1))
+    valid = case.valid()
+    score = kvfx.lag(key, value, valid, lag, sinks)
+    if valid is not None:
+        assert (score.masked_select(~valid[:, None]) == 0).all()
+    for b in range(B):
+        real = torch.arange(S) if valid is None else valid[b].nonzero()[:, 0]
+        row, n = score[b][:, real], len(real)
+        assert (row[:, :sinks] == 2).all()
+        blocks = slow_lag(key[b][:, real], value[b][:, real], lag, sinks)
+        for part, expected in blocks:
+            ranks = (row[:, part] * lag).round().long()
+            assert torch.equal(ranks.sort(-1).values, torch.arange(lag).expand(H, -1))
+            ordered = expected.gather(-1, ranks.argsort(-1))
+            assert (ordered.diff(dim=-1) >= -1e-5 * ordered[:, 1:]).all()  # rounding may swap what is almost equal
+        rest = row[:, max([sinks] + [part.stop for part, _ in blocks]) :]
+        assert ((rest >= 1) & (rest < 2)).all()
+        assert (rest.diff(dim=-1) > 0).all()
+        if n > sinks:
+            assert rest[0, -1] == row[:, sinks:].max()
+
+
+def test_lag_ignores_the_scale_and_shift_of_channels():
+    key, value = torch.randint(-64, 64, (2, 2, 2, 45, 6), generator=torch.Generator().manual_seed(0)).float()
+    scale = 2.0 ** torch.arange(-3, 3)
+    changed = kvfx.lag(key * scale + 32, value * scale - 8, None, CHUNK, 4)
+    assert torch.equal(changed, kvfx.lag(key, value, None, CHUNK, 4))
+
+
+def test_equal_tokens_of_a_block_rank_by_age():
+    score = kvfx.lag(torch.zeros(1, 1, 20, 4), torch.zeros(1, 1, 20, 4), None, 4, 2)
+    assert (score[0, 0, 2:14].reshape(3, 4) * 4).tolist() == [[3, 2, 1, 0]] * 3
+
+
+@given(cases(), st.sampled_from([2, 3, CHUNK]), st.integers(0, 10), st.integers(0, 10))
+@many
+def test_chunk_mean_matches_its_definition_row_by_row(case, chunk, sinks, recent):
+    B, H, _, S, _ = case.dims
+    (scores,) = case.draw((B, H, S))
+
+    def row(x):
+        n, answer = x.shape[1], torch.zeros_like(x)
+        for start in range(0, n, chunk):
+            inside = [i for i in range(start, min(n, start + chunk)) if sinks <= i < n - recent]
+            if inside:
+                answer[:, start : start + chunk] = x[:, inside].mean(-1, keepdim=True)
+        return answer
+
+    exact, low = (rows_alone(row, [scores], case.valid(), dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_rounding(kvfx.chunk_mean(scores, case.valid(), chunk, sinks, recent), low, exact)
+
+
+@given(cases(), st.data())
+@many
+def test_chunks_stay_whole_but_the_last_which_gives_its_first_tokens(case, data):
+    B, H, _, S, _ = case.dims
+    (scores,) = case._replace(padding="none").draw((B, H, S))
+    means = kvfx.chunk_mean(scores, None, 4, 0, 0)
+    slots = kvfx.select(means, data.draw(st.integers(1, S)), None)
+    kept = torch.zeros(B, H, S, dtype=torch.bool).scatter(-1, slots, True)
+    for b, h in itertools.product(range(B), range(H)):
+        cut = [part for part in kept[b, h].split(4) if part.any() and not part.all()]
+        assert len(cut) <= 1
+        assert all(part.int().diff().max() <= 0 for part in cut if len(part) > 1)
+
+
+# The hook library's window, which knows no padding.
+
+
+@given(cases(lengths=(9, 12, 25)), st.sampled_from([1, 4, CHUNK]), st.sampled_from([1, 5]), st.booleans())
+@many
+def test_kvpress_window_attention_matches_its_definition(case, window, kernel, layer):
+    B, H, G, S, D = case.dims
+    query, key = case._replace(padding="none", dtype=torch.float32).draw((B, H * G, S, D), (B, H, S, D))
+
+    def slow(dtype):
+        answer = torch.empty(B, H, S, dtype=dtype)
+        for b, h in itertools.product(range(B), range(H)):
+            heads = range(H * G) if layer else range(h * G, (h + 1) * G)
+            received = torch.zeros(S - window, dtype=dtype)
+            for head, i in itertools.product(heads, range(S - window, S)):
+                q, k = query[b, head, i].to(dtype), key[b, head // G, : i + 1].to(dtype)
+                received += torch.softmax(k @ q / D**0.5, 0)[: S - window] / (window * len(heads))
+            if not layer:
+                around = torch.nn.functional.pad(received, (kernel // 2, kernel // 2))
+                received = around.unfold(0, kernel, 1).mean(-1)
+            answer[b, h, : S - window] = received
+            answer[b, h, S - window :] = received.max() + 1
+        return answer
+
+    exact, low = slow(torch.float64), slow(torch.float32)
+    assert_within_rounding(kvfx.kvpress_window_attention(query, key, window, kernel, layer), low, exact)
