@@ -64,6 +64,12 @@ def _check_sketch(model: Any, policy: Policy, sketch: Sequence[Tensor]) -> tuple
             raise PolicyError(
                 f"sketch[{index}] is {tuple(matrix.shape)} {matrix.dtype}, expected finite floats [Hkv, D, k] or [B, Hkv, D, k]"
             )
+        heads, dim = hf.kv_shape(model)
+        if matrix.shape[-3] != heads or matrix.shape[-2] != dim:
+            raise PolicyError(
+                f"sketch[{index}] is {tuple(matrix.shape)}, but {type(model).__name__} has {heads} KV heads of {dim} channels; "
+                "expected [Hkv, D, k] or [B, Hkv, D, k]"
+            )
     if not any(call.sketch is not None for call in lower(policy).calls()):
         raise PolicyError(f"a sketch was given, but {policy.name} has no leverage score that would use it")
     return tuple(matrix.detach().float() for matrix in sketch)

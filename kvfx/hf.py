@@ -100,6 +100,13 @@ def prepare_outputs(model: transformers.PreTrainedModel) -> None:
             output_capturing.maybe_install_capturing_hooks(module)
 
 
+def kv_shape(model: transformers.PreTrainedModel) -> tuple[int, int]:
+    """KV heads of a layer, and channels of each."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that change the model's output now."""
     if not (hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)):

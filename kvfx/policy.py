@@ -119,6 +119,11 @@ class Policy:
         return next((atom.row.batch_coupled for atom in self.atoms() if atom.row.batch_coupled), "")
 
     @property
+    def least_tokens(self) -> int:
+        """Real tokens that a prompt must have to be scored."""
+        return max((atom.row.least(dict(atom.values)) for atom in self.atoms()), default=1)
+
+    @property
     def name(self) -> str:
         """A short label that parses to this policy: a preset such as `compactor:0.5`, or else the canonical text."""
         return presets.label(str(self))

@@ -105,6 +105,14 @@ class Runner:
         if plan.score is not None:
             if self.policy.batch_coupled and (batch > 1 or block.valid is not None):
                 raise InputError(f"{self.policy.name} needs one row without padding, got {batch} rows: {self.policy.batch_coupled}")
+            rows = {sketch.shape[0] for sketch in plan.sketches or () if sketch.dim() == 4}
+            if rows - {batch}:
+                raise InputError(f"the sketches given to kvfx.compile are for {sorted(rows)} rows, the prompt has {batch}")
+            if length < self.policy.least_tokens:
+                raise InputError(
+                    f"{self.policy.name} scores prompts of at least {self.policy.least_tokens} tokens, as the library it follows; "
+                    f"got {length}. Use the preset without @ for short ones."
+                )
             size, counts = self._sizes(block)
             mark_dynamic(size, 0)
             if counts is not None:

@@ -30,6 +30,7 @@ class ScoreRow:
         sign: -1 if the op returns the negated score.
         batch_coupled: why a row's score depends on the other rows, so that it needs batch 1 without padding and
             cannot be exported; empty if it does not.
+        least: real tokens that a prompt must have, for an atom's values.
     """
 
     summary: str
@@ -39,6 +40,7 @@ class ScoreRow:
     cost: str
     sign: int = 1
     batch_coupled: str = ""
+    least: Callable[[Args], int] = lambda args: 1
     call: OpCall = field(init=False)
 
     def __post_init__(self) -> None:
@@ -230,6 +232,7 @@ SCORES: dict[str, ScoreRow] = {
         ),
         lower=_kvpress_window_attention,
         source="kvpress 0.5.5, SnapKVPress and TOVAPress",
+        least=lambda args: args["window"] + 1,
         cost="D window multiply-adds per query head",
         batch_coupled=(
             "kvpress does not look at padding, and its window is the last slots: give it one row, without padding. "
@@ -246,6 +249,7 @@ SCORES: dict[str, ScoreRow] = {
         ),
         lower=_kvpress_compactor,
         source="kvpress 0.5.5, CompactorPress",
+        least=lambda args: 14,
         cost="as attn and leverage, over the whole row",
         batch_coupled=(
             "kvpress standardises its scores over all rows of a batch at once, so what a row keeps depends on its "

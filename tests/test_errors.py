@@ -81,6 +81,7 @@ SKETCHES = {
     "not finite": ([GOOD, GOOD * math.nan], "compactor", r"sketch\[1\] is \(2, 16, 48\) torch\.float32, expected finite floats"),
     "integers": ([GOOD, GOOD.int()], "compactor", r"sketch\[1\] is \(2, 16, 48\) torch\.int32, expected finite floats"),
     "one axis": ([GOOD[0, 0], GOOD], "compactor", r"sketch\[0\] is \(48,\)"),
+    "other heads": ([torch.randn(3, 16, 48)] * 2, "compactor", r"sketch\[0\] is \(3, 16, 48\).*2 KV heads of 16 channels"),
     "other width": ([GOOD[..., :7]] * 2, "compactor", r"do not fit compactor.*have 48 columns"),
     "not used": ([GOOD, GOOD], "knorm", r"a sketch was given, but knorm.* has no leverage score that would use it"),
 }
@@ -91,6 +92,12 @@ def test_a_bad_sketch_is_refused_at_compile(case):
     sketch, policy, message = SKETCHES[case]
     with pytest.raises(kvfx.PolicyError, match="(?s)" + message):
         kvfx.compile(llama(), policy, backend="eager", sketch=sketch)
+
+
+@pytest.mark.parametrize(("policy", "least"), [("snapkv@kvpress:0.5", 65), ("compactor@kvpress:0.5", 14)])
+def test_a_prompt_too_short_for_the_library_that_is_followed_is_refused(policy, least):
+    with pytest.raises(kvfx.InputError, match=rf"{policy} scores prompts of at least {least} tokens.*; got 10\."):
+        kvfx.compile(llama(), policy, backend="eager").compress(tokens(1, 10))
 
 
 def test_keys_that_are_not_finite_name_their_layer_and_store_nothing():

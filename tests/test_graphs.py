@@ -9,6 +9,7 @@ import torch
 
 import kvfx
 from kvfx.engine import engine_of
+from kvfx.presets import PRESETS
 from test_equivalence import decoder
 
 LENGTHS = (70, 1, 2, 3, 12, 13, 255, 256, 257, 300, 511, 512, 513, 700)
@@ -80,6 +81,15 @@ def test_models_compiled_from_one_model_share_their_graphs_and_others_do_not(mod
     kvfx.compile(other, "knorm:0.5", backend="eager").compress(ids)
     assert sum(graphs(model).values()) == 1
     assert sum(graphs(other).values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - {"none", "compactor"}))
+def test_inductor_keeps_what_the_eager_backend_keeps_under_every_preset(model, preset):
+    ids = torch.randint(0, 97, (1, 600), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (kvfx.compile(model, f"{preset}:0.3", backend=backend).compress(ids) for backend in ("inductor", "eager"))
+    assert torch.equal(ours.layers[0].positions, theirs.layers[0].positions)
 
 
 @pytest.mark.inductor
