@@ -163,6 +163,7 @@ class SlotCache(transformers.Cache):
         size: carries how many slots the new tokens get (see `passes.cache_write`), or None to keep them all.
         counts: slots that each row keeps, `[B]`, or None if all rows keep equally many.
         positions: of the new tokens, `[B, S]` int32, -1 for padding; set inside the graph.
+        mixed: whether layers hold differently many slots before this forward.
     """
 
     layers: list[CacheLayer]  # type: ignore[assignment]
@@ -171,6 +172,7 @@ class SlotCache(transformers.Cache):
         super().__init__(layers=layers)  # type: ignore[arg-type]
         self.size, self.counts = size, counts
         self.positions: Tensor | None = None
+        self.mixed = len({layer.slots for layer in layers}) > 1
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values; what attention shall read: everything held and everything new."""

@@ -66,6 +66,9 @@ def step(
         if empty is not None:
             past = torch.arange(held, device=seen.device) >= empty[:, None]
         mask = torch.cat([past, new], -1)
+    elif slots.mixed:
+        # No one mask fits layers of different lengths. A single token sees all that is held, in every layer.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=seen.device)
     out = model(attention_mask=mask, position_ids=position_ids, past_key_values=slots, use_cache=True, **tokens, **options)
     return out, seen_after
 
@@ -77,7 +80,7 @@ class StepKey(NamedTuple):
         phase: "prefill", "extend" or "decode".
         plan: what is evicted.
         on_refuse: what to do about sites that are not understood.
-        uneven: which inputs that make rows differ are there: counts, valid, empty.
+        uneven: what makes rows or layers differ: counts, valid, empty, layers.
     """
 
     phase: str
@@ -114,8 +117,8 @@ class Engine:
         if plan.score is None:
             on_refuse = "warn"  # nothing is evicted, so nothing can be refused
         _, valid, empty, *_ = inputs
-        rows = {"counts": slots.counts, "valid": valid, "empty": empty}
-        key = StepKey(phase, plan, on_refuse, tuple(name for name, tensor in rows.items() if tensor is not None))
+        uneven = {"counts": slots.counts is not None, "valid": valid is not None, "empty": empty is not None, "layers": slots.mixed}
+        key = StepKey(phase, plan, on_refuse, tuple(name for name, there in uneven.items() if there))
         with self._lock:
             if key not in self._steps:
                 self._steps[key] = capture.compile_with(step, self._rewrite(key), self.backend)

@@ -96,7 +96,7 @@ def layer_count(model: transformers.PreTrainedModel) -> int:
 def prepare_outputs(model: transformers.PreTrainedModel) -> None:
     """Install the hooks that collect hidden states, as the model itself would on its first call: a trace cannot."""
     for module in model.modules():
-        if isinstance(module, transformers.PreTrainedModel) and output_capturing._CAN_RECORD_REGISTRY.get(module):
+        if isinstance(module, transformers.PreTrainedModel) and getattr(module, "_can_record_outputs", None):
             output_capturing.maybe_install_capturing_hooks(module)
 
 
