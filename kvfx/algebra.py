@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.params import Real, Value, Word, bind, shortest, write_number
+from kvfx.params import Real, Value, Word, bind, plain, shortest, word, write_number
 from kvfx.scores import SCORES, ScoreRow
 
 
@@ -40,7 +40,7 @@ class Atom:
         given = bind(name, [param.name for param in params], [(None, arg) for arg in args] + list(kwargs.items()))
         values = []
         for param in params:
-            wanted = _word(given.get(param.name, param.default))
+            wanted = word(given.get(param.name, param.default))
             value = param.takes.read(wanted)
             if value is None:
                 raise PolicyError(f"{name}({param.name}={wanted}) is not built: {param.name} takes {param.takes}.")
@@ -129,7 +129,7 @@ def to_data(score: Score) -> Any:
         case Combine(op, left, right):
             return {op: [to_data(left), to_data(right)]}
         case Atom(name, values):
-            return {name: {key: _plain(value) for key, value in values}}
+            return {name: {key: plain(value) for key, value in values}}
 
 
 def from_data(data: Any) -> Score:
@@ -151,21 +151,3 @@ def from_data(data: Any) -> Score:
         f"{data!r} is not a score: expected a number, an atom such as {{'leverage': {{'size': 48}}}}, "
         "{'zscore': score}, or an operator with two operands, {'+': [score, score]}."
     )
-
-
-def _plain(value: Value) -> Any:
-    """Return a parameter's value as plain data: 48, `"none"`, `{"chunk": 256}`."""
-    if isinstance(value, Word):
-        return value.name if value.arg is None else {value.name: value.arg}
-    return value
-
-
-def _word(value: Any) -> Any:
-    """Read what `_plain` returns."""
-    match value:
-        case str():
-            return Word(value)
-        case Mapping() if len(value) == 1:
-            [(name, arg)] = value.items()
-            return Word(name, arg)
-    return value

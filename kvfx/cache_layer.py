@@ -160,7 +160,8 @@ class SlotCache(transformers.Cache):
     """The layers of a `Cache` as a traced forward sees them: lengths are physical, and `update` may evict.
 
     Attributes:
-        size: carries how many slots the new tokens get (see `passes.cache_write`), or None to keep them all.
+        sizes: carry how many slots the new tokens get (see `passes.cache_write`), one for each layer or one for all; or None to
+            keep them all.
         counts: slots that each row keeps, `[B]`, or None if all rows keep equally many.
         positions: of the new tokens, `[B, S]` int32, -1 for padding; set inside the graph.
         mixed: whether layers hold differently many slots before this forward.
@@ -168,9 +169,9 @@ class SlotCache(transformers.Cache):
 
     layers: list[CacheLayer]  # type: ignore[assignment]
 
-    def __init__(self, layers: list[CacheLayer], size: Tensor | None, counts: Tensor | None) -> None:
+    def __init__(self, layers: list[CacheLayer], sizes: list[Tensor] | None, counts: Tensor | None) -> None:
         super().__init__(layers=layers)  # type: ignore[arg-type]
-        self.size, self.counts = size, counts
+        self.sizes, self.counts = sizes, counts
         self.positions: Tensor | None = None
         self.mixed = len({layer.slots for layer in layers}) > 1
 
@@ -178,9 +179,10 @@ class SlotCache(transformers.Cache):
         """Store new keys and values; what attention shall read: everything held and everything new."""
         layer, key, value = self.layers[layer_idx], key_states, value_states
         stored_key, stored_value = key, value
-        if self.size is not None:
+        if self.sizes is not None:
+            size = self.sizes[min(layer_idx, len(self.sizes) - 1)]
             stored_key, stored_value, layer.kept_positions, layer.finite = torch.ops.kvfx.cache_write(
-                key, value, self.positions, self.counts, self.size, layer_idx
+                key, value, self.positions, self.counts, size, layer_idx
             )
         past_key, past_value = layer.keys, layer.values
         if past_key is None:
@@ -188,7 +190,7 @@ class SlotCache(transformers.Cache):
             return key, value
         layer.keys = torch.cat([past_key, stored_key], 2)
         layer.values = torch.cat([past_value, stored_value], 2)
-        if self.size is None:
+        if self.sizes is None:
             return layer.keys, layer.values
         return torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
 

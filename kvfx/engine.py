@@ -117,7 +117,12 @@ class Engine:
         if plan.score is None:
             on_refuse = "warn"  # nothing is evicted, so nothing can be refused
         _, valid, empty, *_ = inputs
-        uneven = {"counts": slots.counts is not None, "valid": valid is not None, "empty": empty is not None, "layers": slots.mixed}
+        uneven = {
+            "counts": slots.counts is not None,
+            "valid": valid is not None,
+            "empty": empty is not None,
+            "layers": slots.mixed or len(slots.sizes or ()) > 1,
+        }
         key = StepKey(phase, plan, on_refuse, tuple(name for name, there in uneven.items() if there))
         with self._lock:
             if key not in self._steps:

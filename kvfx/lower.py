@@ -38,6 +38,7 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
         policy.protect.recent,
         shared=policy.align == "shared",
         chunk=policy.unit.arg or 0,
+        share=policy.budget.per.arg or 0,
     )
     if sketches is None:
         return lowered

@@ -25,6 +25,24 @@ class Word:
 Value = int | float | Word
 
 
+def plain(value: Value) -> Any:
+    """Return a parameter's value as plain data: 48, `"none"`, `{"chunk": 256}`."""
+    if isinstance(value, Word):
+        return value.name if value.arg is None else {value.name: value.arg}
+    return value
+
+
+def word(value: Any) -> Any:
+    """Read what `plain` returns."""
+    match value:
+        case str():
+            return Word(value)
+        case Mapping() if len(value) == 1:
+            [(name, arg)] = value.items()
+            return Word(name, arg)
+    return value
+
+
 def shortest(value: float) -> int | float:
     """Return whole numbers as integers, so that equal numbers are written alike."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value

@@ -18,9 +18,9 @@ import yaml
 
 from kvfx import algebra, presets
 from kvfx.algebra import Atom, Score, ZScore, parts
-from kvfx.budget import Budget, Protect
+from kvfx.budget import ROW, Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.params import Int, OneOf, Word
+from kvfx.params import Int, OneOf, Word, word
 from kvfx.scores import SCORES
 
 NOTHING = Protect()
@@ -101,6 +101,8 @@ class Policy:
             )
         if self.budget.rounding == "kvpress" and self.protect.total:
             raise PolicyError(f"round=kvpress counts without regard to {self.protect}. Leave protect out, or write round=floor.")
+        if self.unit != TOKEN and self.budget.per != ROW:
+            raise PolicyError(f"per={self.budget.per} would cut units apart, and unit={self.unit} keeps them whole. Leave one out.")
         for atom in self.atoms():
             atom.row.lower(dict(atom.values), self.budget.keep)  # refuses values that do not fit the budget
 
@@ -123,6 +125,12 @@ class Policy:
         """Real tokens that a prompt must have to be scored."""
         return max((atom.row.least(dict(atom.values)) for atom in self.atoms()), default=1)
 
+    def counts(self, length: int, layers: int) -> list[int]:
+        """Slots that each of `layers` layers keeps of `length` real tokens."""
+        if self.budget is None:
+            return [length] * layers
+        return self.budget.counts(length, self.protect.total, layers, self.unit.arg or 1)
+
     @property
     def name(self) -> str:
         """A short label that parses to this policy: a preset such as `compactor:0.5`, or else the canonical text."""
@@ -132,7 +140,7 @@ class Policy:
         """Return this policy with another fraction kept."""
         if self.budget is None:
             raise PolicyError(f"none keeps everything, so it cannot keep {keep}. Choose a policy with a score.")
-        return replace(self, budget=Budget(keep=keep, rounding=self.budget.rounding))  # type: ignore[arg-type]
+        return replace(self, budget=replace(self.budget, keep=keep, tokens=None))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         if self.score is None:
@@ -180,7 +188,7 @@ class Policy:
             Budget.from_dict(budget["uniform"]) if budget is not None else None,
             Protect.from_dict(protect),
             data.get("pos", "keep"),
-            _unit(data.get("unit", "token")),
+            word(data.get("unit", "token")),
             data.get("align", "perhead"),
         )
 
@@ -207,17 +215,6 @@ class Policy:
             return as_policy(yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise PolicyError(f"this policy is not YAML: {error}") from None
-
-
-def _unit(data: Any) -> Word:
-    """Read `"token"` or `{"chunk": 20}`."""
-    match data:
-        case str():
-            return Word(data)
-        case Mapping() if len(data) == 1:
-            [(name, arg)] = data.items()
-            return Word(name, arg)
-    raise PolicyError(f"unit is {data!r}: expected {UNIT}, as 'token' or {{'chunk': 20}}.")
 
 
 def as_policy(value: str | Mapping[str, Any] | Policy) -> Policy:

@@ -101,7 +101,7 @@ class Runner:
                 f"{work.slots_text}; several new tokens at once, or padded rows, need as many in every layer. Feed one token "
                 "at a time, as generate does, or use a policy that keeps equally many everywhere."
             )
-        size = counts = None
+        sizes = counts = None
         if plan.score is not None:
             if self.policy.batch_coupled and (batch > 1 or block.valid is not None):
                 raise InputError(f"{self.policy.name} needs one row without padding, got {batch} rows: {self.policy.batch_coupled}")
@@ -113,15 +113,16 @@ class Runner:
                     f"{self.policy.name} scores prompts of at least {self.policy.least_tokens} tokens, as the library it follows; "
                     f"got {length}. Use the preset without @ for short ones."
                 )
-            size, counts = self._sizes(block)
-            mark_dynamic(size, 0)
+            sizes, counts = self._sizes(block)
+            for size in sizes:
+                mark_dynamic(size, 0)
             if counts is not None:
                 mark_dynamic(counts, 0)
         held = work.layers[0].slots
         for tensor in (block.valid, *tokens.values(), *(value for value in options.values() if isinstance(value, Tensor))):
             if tensor is not None and tensor.dim() > 1:
                 mark_dynamic(tensor, *((0,) if phase == "decode" else (0, 1)))
-        slots = SlotCache(work.layers, size, counts)
+        slots = SlotCache(work.layers, sizes, counts)
         out, seen = self.engine.run(
             self.base, phase, plan, self.on_refuse, slots, work.lengths_seen, block.valid, work.empty, tokens, options
         )
@@ -141,17 +142,24 @@ class Runner:
         out.past_key_values = cache
         return out
 
-    def _sizes(self, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """How many slots the graph shall hold of the new tokens, and how many of them each row fills."""
-        budget = self.policy.budget
-        assert budget is not None  # nothing is evicted without one
-        counts = [budget.count(length, self.policy.protect.total) for length in block.lengths]
+    def _sizes(self, block: _Block) -> tuple[list[Tensor], Tensor | None]:
+        """How many slots the graph shall hold of the new tokens, per layer or for all, and how many of them each row fills."""
+        layers = hf.layer_count(self.base)
+        rows = [self.policy.counts(length, layers) for length in block.lengths]
+        if any(len(set(row)) > 1 for row in rows):
+            if block.valid is not None:
+                raise InputError(
+                    f"{self.policy.name} gives layers different lengths, which rows of different lengths cannot have yet, got "
+                    f"{list(block.lengths)} tokens. Compress the rows one by one, or take shape=flat."
+                )
+            return [size_of(count, block.device) for count in rows[0]], None
+        counts = [row[0] for row in rows]
         slots = max(counts)
         if slots == 1 and block.length > 1:
             slots = 2  # one of them stays empty: a graph for exactly one slot would be one more
         if block.valid is None and slots == counts[0]:
-            return size_of(slots, block.device), None
-        return size_of(slots, block.device), torch.tensor(counts, device=block.device)
+            return [size_of(slots, block.device)], None
+        return [size_of(slots, block.device)], torch.tensor(counts, device=block.device)
 
     def _check_finite(self, cache: Cache) -> None:
         """One host sync per eviction, so that a ranking by NaN is never used."""

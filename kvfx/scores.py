@@ -110,7 +110,7 @@ def _lag(args: Args, keep: Fraction | None) -> OpCall:
 
 
 def _position(args: Args, keep: Fraction | None) -> OpCall:
-    return OpCall("position", ("key",))
+    return OpCall("position", ("key",), options=(("sinks", args["sinks"]),))
 
 
 def _leverage(args: Args, keep: Fraction | None) -> OpCall:
@@ -210,8 +210,8 @@ SCORES: dict[str, ScoreRow] = {
         cost="reads key and value twice, one sort per block",
     ),
     "recency": ScoreRow(
-        summary="place in the row: the newest stay",
-        params=(),
+        summary="place in the row: the newest stay, behind the first `sinks`",
+        params=(Param("sinks", 0, Int()),),
         lower=_position,
         source="StreamingLLM, arXiv:2309.17453",
         cost="none to speak of",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 
 from kvfx.algebra import Atom, Combine, Number, Score, ZScore
-from kvfx.budget import Budget, Protect
+from kvfx.budget import ARGUMENTS, Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
 from kvfx.params import Word, bind, write_number
 from kvfx.policy import AXES, PLANNED, Policy, axis_error
@@ -191,14 +191,15 @@ def _budget(node: Node, base: Budget | None) -> Budget:
         raise PolicyError("a budget names its pool: expected budget=uniform(0.5) or budget=uniform(tokens=1024).")
     if node.name != "uniform":
         raise axis_error("budget", node.name)
-    given = bind("uniform", ("keep", "tokens", "round"), node.arguments)
-    keep, tokens = given.get("keep"), given.get("tokens")
-    if base and keep is None and tokens is None:
-        keep, tokens = base.keep, base.tokens
-    elif tokens is not None:
-        tokens = _value("uniform(tokens=)", tokens)
-    rounding = str(_value("uniform(round=)", given["round"])) if "round" in given else base.rounding if base else "floor"
-    return Budget(keep, tokens, rounding)
+    given = bind("uniform", ARGUMENTS, node.arguments)
+    amount = {"keep": None, "tokens": None} if "keep" in given or "tokens" in given else {}
+    for name, value in given.items():
+        if name == "keep":
+            amount["keep"] = value
+        else:
+            read = _value(f"uniform({name}=)", value)
+            amount[ARGUMENTS[name]] = str(read) if name == "round" else read
+    return replace(base, **amount) if base else Budget(**amount)
 
 
 def _protect(node: Node, base: Protect) -> Protect:

@@ -29,7 +29,7 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
                 site.nodes["valid"] = valid
             site.nodes["score"] = builder.together(builder.build(plan.score))
         module.graph.erase_node(end)
-        ops = [op.op for op in plan.calls()] + ["chunk_mean"] * bool(plan.chunk)
+        ops = [op.op for op in plan.calls()] + ["chunk_mean"] * bool(plan.chunk) + ["chunk_rank"] * bool(plan.share)
         site.score = " ".join(dict.fromkeys(ops))
 
 
@@ -61,13 +61,15 @@ class _Builder:
         raise AssertionError(f"no such score expression: {expr!r}")
 
     def together(self, score: fx.Node) -> fx.Node:
-        """Make equal the scores of what the plan keeps or drops together: heads of a layer, tokens of a chunk."""
+        """Make equal the scores of what the plan keeps or drops together: heads of a layer, tokens of a chunk, ranks of chunks."""
         if self.plan.shared:
             mean = call(self.graph, aten.mean.dim, score, [1], True)
             score = call(self.graph, aten.expand.default, mean, [-1, self.site.kv_heads, -1])
         if self.plan.chunk:
             valid = self.site.nodes.get("valid")
             score = self.op("chunk_mean", score, valid, self.plan.chunk, self.plan.sinks, self.plan.recent)
+        if self.plan.share:
+            score = self.op("chunk_rank", score, self.site.nodes.get("valid"), self.plan.share, self.plan.sinks, self.plan.recent)
         return score
 
     def call(self, expr: OpCall) -> fx.Node:

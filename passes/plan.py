@@ -69,6 +69,7 @@ class Plan:
         recent: last real tokens of a row that are always kept.
         shared: one choice of tokens for all KV heads of a layer, by the mean of their scores.
         chunk: tokens that stay or leave together; 0 means that each stands alone.
+        share: tokens of a chunk that keeps its own share of the budget; 0 means that the whole row competes.
         sketches: per layer, a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` that replaces the drawn one.
         sketch_digest: sha256 over `sketches`; stands for them in comparisons.
     """
@@ -80,6 +81,7 @@ class Plan:
     sketch_digest: str | None = None
     shared: bool = False
     chunk: int = 0
+    share: int = 0
 
     def calls(self) -> Iterator[OpCall]:
         """The op calls of the score, left to right."""

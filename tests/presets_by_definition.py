@@ -1,0 +1,168 @@
+"""What each preset scores by its paper, or by kvpress's rules: one row, float64 loops over what the model's attention read.
+
+`[Hkv, S]`, higher stays. What is protected is not part of a definition, except in kvpress, whose scores carry it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from reference import Taps
+
+
+def weights(taps: Taps) -> Tensor:
+    """Causal attention of all queries, `[Hkv, G, S, S]`."""
+    query, key = taps.query[0].double(), taps.key[0].double()
+    heads, length = key.shape[:2]
+    logits = query.unflatten(0, (heads, -1)) @ key[:, None].transpose(-2, -1) / key.shape[-1] ** 0.5
+    return logits.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+
+
+def neighbours(score: Tensor, width: int) -> Tensor:
+    """The mean of up to `width` neighbours that are there."""
+    half = width // 2
+    return torch.stack([score[:, max(0, i - half) : i + half + 1].mean(1) for i in range(score.shape[1])], 1)
+
+
+def window(taps: Taps, size: int) -> Tensor:
+    """Mean attention from the last `size` queries, `[Hkv, G, S]`."""
+    return weights(taps)[:, :, -size:].mean(2)
+
+
+def streaming_llm(taps: Taps) -> Tensor:
+    return torch.arange(taps.key.shape[2]).double().expand(taps.key.shape[1], -1)
+
+
+def keydiff(taps: Taps) -> Tensor:
+    key = taps.key[0].double()
+    unit = key / key.norm(dim=-1, keepdim=True)
+    anchor = unit.mean(1, keepdim=True)
+    return -(unit * anchor).sum(-1) / anchor.norm(dim=-1)
+
+
+def snapkv(taps: Taps, size: int = 16, kernel: int = 5) -> Tensor:
+    return neighbours(window(taps, size).mean(1), kernel)
+
+
+def tova(taps: Taps) -> Tensor:
+    return window(taps, 1).mean((0, 1)).expand(taps.key.shape[1], -1)
+
+
+def h2o_prefill(taps: Taps) -> Tensor:
+    received = weights(taps).sum(2).mean(1)
+    return received / torch.arange(received.shape[1], 0, -1)
+
+
+def lagkv(taps: Taps, lag: int = 8, sinks: int = 4) -> Tensor:
+    heads, length = taps.key.shape[1:3]
+    score = torch.empty(heads, length, dtype=torch.float64)
+    blocks = max(0, (length - sinks) // lag)
+    score[:, :sinks] = 3
+    judged = sinks + max(0, blocks - 1) * lag
+    score[:, judged:] = 1 + torch.arange(length)[judged:] / length
+    for block in range(blocks - 1):
+        here, behind = (
+            slice(sinks + block * lag, sinks + (block + 1) * lag),
+            slice(sinks + (block + 1) * lag, sinks + (block + 2) * lag),
+        )
+        spread = torch.zeros(heads, lag, dtype=torch.float64)
+        for states in (taps.key[0].double(), taps.value[0].double()):
+            low, high = states[:, behind].amin(1, keepdim=True), states[:, behind].amax(1, keepdim=True)
+            spread += ((states[:, here] - low) / (high - low)).std(-1).softmax(-1)
+        score[:, here] = spread.argsort(-1).argsort(-1) / lag
+    return score
+
+
+def chunks_of(score: Tensor, size: int, end: int) -> Tensor:
+    """The mean over heads and the unprotected tokens of each chunk; `end` is where protection begins."""
+    out = torch.zeros_like(score)
+    for start in range(0, score.shape[1], size):
+        inner = score[:, start : min(start + size, end)]
+        out[:, start : start + size] = inner.mean() if inner.numel() else 0
+    return out
+
+
+def chunkkv(taps: Taps, size: int = 5, recent: int = 16) -> Tensor:
+    return chunks_of(snapkv(taps, recent), size, taps.key.shape[2] - recent)
+
+
+def quota(score: Tensor, size: int) -> Tensor:
+    """Ranks inside chunks, as shares of the chunk."""
+    out = torch.empty_like(score)
+    for start in range(0, score.shape[1], size):
+        part = score[:, start : start + size]
+        better = [[sum((-row[j], j) < (-row[i], i) for j in range(len(row))) for i in range(len(row))] for row in part.tolist()]
+        out[:, start : start + size] = -torch.tensor(better, dtype=torch.float64) / part.shape[1]
+    return out
+
+
+DEFINITIONS: dict[str, tuple[Callable[[Taps], Tensor], int, int]] = {  # score, sinks, recent
+    "streaming_llm": (streaming_llm, 4, 0),
+    "keydiff": (keydiff, 0, 0),
+    "snapkv(window=16)": (snapkv, 0, 16),
+    "pyramidkv(window=16)": (snapkv, 0, 16),
+    "tova": (tova, 0, 1),
+    "h2o_prefill": (h2o_prefill, 0, 0),
+    "lagkv(lag=8)": (lagkv, 4, 0),
+    "chunkkv(window=16, chunk=5)": (chunkkv, 0, 16),
+}
+
+# -- kvpress 0.5.5: scores carry what is protected, counts are floats --------------------------------------------------------------
+
+
+def snapkv_press(taps: Taps, size: int = 64, kernel: int = 5) -> Tensor:
+    received = window(taps, size)[..., :-size].flatten(0, 1)
+    pooled = torch.nn.functional.avg_pool1d(received, kernel, 1, kernel // 2)
+    score = pooled.unflatten(0, (taps.key.shape[1], -1)).mean(1)
+    return torch.nn.functional.pad(score, (0, size), value=float(score.max()) + 1)
+
+
+def tova_press(taps: Taps) -> Tensor:
+    score = window(taps, 1)[..., :-1].mean((0, 1)).expand(taps.key.shape[1], -1)
+    return torch.nn.functional.pad(score, (0, 1), value=float(score.max()) + 1)
+
+
+def streaming_press(taps: Taps, keep: float, sinks: int = 4) -> Tensor:
+    length = taps.key.shape[2]
+    score = torch.ones(taps.key.shape[1:3], dtype=torch.float64)
+    score[:, sinks : sinks + length - int(length * keep)] = 0
+    return score
+
+
+def chunk_press(taps: Taps, keep: float, size: int = 20) -> Tensor:
+    """1 for the tokens of the chunks kept, 0 for the others."""
+    score = snapkv_press(taps)
+    parts = [range(start, min(start + size, score.shape[1])) for start in range(0, score.shape[1], size)]
+    worth = torch.stack([score[:, part.start : part.stop].sum(0).mean() for part in parts])
+    out = torch.zeros_like(score)
+    for chunk in worth.topk(max(1, int(len(parts) * keep))).indices.tolist():
+        out[:, parts[chunk].start : parts[chunk].stop] = 1
+    return out
+
+
+def pyramid_press(length: int, keep: float, layer: int, layers: int, beta: int = 20, size: int = 64) -> int:
+    room = size + length * keep
+    low = (room - size) / beta
+    high = (room - size) * 2 - low
+    if high >= length - size:
+        high = length - size
+        low = (room - size) * 2 - high
+    if not length >= high >= low >= size:
+        return max(1, round(length * keep))
+    return round(high - layer * ((high - low) / (layers - 1)))
+
+
+PRESSES: dict[str, Callable[[Taps, float], Tensor]] = {
+    "knorm@kvpress": lambda taps, keep: -taps.key[0].double().norm(dim=-1),
+    "keydiff@kvpress": lambda taps, keep: keydiff(taps),
+    "streaming_llm@kvpress": streaming_press,
+    "snapkv@kvpress": lambda taps, keep: snapkv_press(taps),
+    "pyramidkv@kvpress": lambda taps, keep: snapkv_press(taps),
+    "tova@kvpress": lambda taps, keep: tova_press(taps),
+    "h2o_prefill@kvpress": lambda taps, keep: h2o_prefill(taps),
+    "lagkv@kvpress": lambda taps, keep: lagkv(taps, 128, 4),
+    "chunkkv@kvpress": chunk_press,
+}

@@ -1,0 +1,135 @@
+"""Every preset keeps what its definition says, through a whole model: several rows, padding, grouped heads, two layers."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+import kvfx
+import reference
+from kvfx.budget import Budget
+from kvfx.params import Word
+from kvfx.policy import Policy
+from presets_by_definition import DEFINITIONS, PRESSES, pyramid_press, quota
+from test_equivalence import decoder, padded, row_taps
+
+KEEP = {"0.25": 0.25, "0.5": 0.5, "0.8": 0.8}
+
+
+def assert_kept(score: torch.Tensor, count: int, positions: torch.Tensor) -> None:
+    """Per head, `positions` hold the `count` best; scores closer than 1e-5 may stand for each other."""
+    kept = [[p for p in head if p >= 0] for head in positions.tolist()]
+    for head, (ours, theirs) in enumerate(zip(kept, reference.best(score, count), strict=True)):
+        assert len(ours) == count
+        lost, won = reference.swapped(score[head], theirs, ours)
+        for a, b in zip(sorted(lost), sorted(won), strict=True):
+            assert a - b <= 1e-5 * max(abs(a), abs(b)), (head, a, b)
+
+
+MODEL = decoder("qwen3", 2, 3, 16, seed=3)  # one for all tests, whose lengths and keeps then share their graphs
+
+
+@functools.cache
+def captured(*lengths: int):
+    """Ids, their mask, and what each layer's attention reads."""
+    ids, mask = padded(list(lengths), 3)
+    return ids, mask, reference.capture(MODEL, ids, mask)[0]
+
+
+def compress(policy: str, ids: torch.Tensor, mask: torch.Tensor | None = None) -> kvfx.Cache:
+    return kvfx.compile(MODEL, policy, backend="eager", on_refuse="error").compress(ids, mask)
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("preset", sorted(set(DEFINITIONS) - {"pyramidkv(window=16)"}))
+@pytest.mark.parametrize("lengths", [[90, 41, 7], [64], [1, 2]], ids=str)
+def test_presets_keep_what_they_are_defined_to(preset, keep, lengths):
+    definition, sinks, recent = DEFINITIONS[preset]
+    ids, mask, taps = captured(*lengths)
+    cache = compress(f"{preset}:{keep}", ids, mask)
+    for layer in range(2):
+        for row, length in enumerate(lengths):
+            score = reference.protected(definition(row_taps(taps[layer], row, length)), sinks, recent)
+            assert_kept(score, reference.count_kept(length, keep, sinks + recent), cache.layers[layer].positions[row])
+
+
+@pytest.mark.parametrize("lengths", [[90], [64, 64], [17], [3]], ids=str)
+def test_a_pyramid_keeps_the_best_of_each_layer(lengths):
+    definition, sinks, recent = DEFINITIONS["pyramidkv(window=16)"]
+    ids, mask, taps = captured(*lengths)
+    cache = compress("pyramidkv(window=16):0.5", ids, mask)
+    flat = reference.count_kept(lengths[0], "0.5", recent)
+    counts = [layer.slots for layer in cache.layers]
+    assert sum(counts) == 2 * flat
+    assert counts[0] > counts[1] or lengths[0] <= 17
+    for layer, count in enumerate(counts):
+        for row, length in enumerate(lengths):
+            score = reference.protected(definition(row_taps(taps[layer], row, length)), sinks, recent)
+            assert_kept(score, count, cache.layers[layer].positions[row])
+
+
+def test_a_pyramid_needs_rows_of_one_length():
+    ids, mask, _ = captured(90, 41)
+    with pytest.raises(
+        kvfx.InputError, match=r"pyramidkv\(window=16\):0.5 gives layers different lengths.*\[90, 41\] tokens.*shape=flat"
+    ):
+        compress("pyramidkv(window=16):0.5", ids, mask)
+
+
+@pytest.mark.parametrize("chunk", [8, 30, 500])
+@pytest.mark.parametrize("lengths", [[90, 41, 7], [64]], ids=str)
+def test_per_chunk_gives_every_chunk_its_share(chunk, lengths):
+    ids, mask, _ = captured(*lengths)
+    order = torch.stack([torch.randperm(96, generator=torch.Generator().manual_seed(row)) for row in range(len(lengths))])
+    ids = (order[:, : ids.shape[1]] + 1).masked_fill(ids == 0, 0)  # no token twice, whose equal norms would tie
+    taps, _ = reference.capture(MODEL, ids, mask)
+    policy = f"knorm | budget=uniform(0.4, per=chunk({chunk})) | protect(sinks=2, recent=3)"
+    cache = compress(policy, ids, mask)
+    for layer in range(2):
+        for row, length in enumerate(lengths):
+            score = reference.protected(reference.knorm(row_taps(taps[layer], row, length)), 2, 3)
+            score = reference.protected(quota(score, chunk), 2, 3)
+            count = reference.count_kept(length, "0.4", 5)
+            positions = cache.layers[layer].positions[row]
+            assert_kept(score, count, positions)
+            for head in positions.tolist():
+                whole = [sum(start <= p < start + chunk for p in head) for start in range(chunk, length - chunk - 3, chunk)]
+                assert not whole or max(whole) - min(whole) <= 1  # chunks without protected tokens
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("preset", PRESSES)
+@pytest.mark.parametrize("length", [65, 200, 333])
+def test_kvpress_presets_follow_its_rules(preset, keep, length):
+    ids, _, taps = captured(length)
+    cache = compress(f"{preset}:{keep}", ids)
+    for layer in range(2):
+        score = PRESSES[preset](taps[layer], KEEP[keep])
+        count = max(1, int(length * KEEP[keep]))
+        if preset == "pyramidkv@kvpress":
+            count = pyramid_press(length, KEEP[keep], layer, 2)
+        if preset == "chunkkv@kvpress":
+            chunks = max(1, int(-(-length // 20) * KEEP[keep]))
+            if chunks < 5:
+                continue  # fewer than the window holds: a tie there
+            count = int(score[0].sum())
+        assert_kept(score, count, cache.layers[layer].positions[0])
+
+
+@pytest.mark.parametrize("beta", [1, 2, 20])
+@pytest.mark.parametrize("layers", [1, 2, 7, 32])
+@pytest.mark.parametrize(("length", "protected"), [(1, 0), (5, 3), (100, 0), (1000, 64), (4096, 8)])
+def test_a_pyramid_falls_and_keeps_the_total(beta, layers, length, protected):
+    for keep in (0.05, 0.3, 0.5, 0.9, 1):
+        for least in (0, 16):
+            budget = Budget(keep, shape=Word("pyramid", beta), least=least)
+            counts, flat = budget.counts(length, protected, layers), budget.count(length, protected)
+            assert sum(counts) == layers * flat
+            assert counts == sorted(counts, reverse=True)
+            assert min(flat, max(2, least, protected)) <= counts[-1] <= counts[0] <= length
+            steps = [a - b for a, b in itertools.pairwise(counts)]
+            assert not steps or max(steps) - min(steps) <= 2
+    assert Policy.parse("pyramidkv").counts(1000, 4) == [914, 638, 362, 86]
