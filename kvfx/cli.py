@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvfx.algebra import Atom
 from kvfx.demo import checkpoint, run
 from kvfx.errors import InputError, KvfxError, unknown_name
+from kvfx.lower import lower
+from kvfx.policy import Policy
 from kvfx.presets import PRESETS
 
 main = typer.Typer(name="kvfx", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
@@ -67,13 +71,13 @@ def demo(
 
 
 @main.command()
-def policies(name: Annotated[str | None, typer.Argument(help="A preset, to see its numbers.")] = None) -> None:
-    """List the presets, or show one: its text, its numbers and where they come from."""
+def policies(name: Annotated[str | None, typer.Argument(help="A preset, to see its scores and numbers.")] = None) -> None:
+    """List the presets, or show one: its text, what its scores read and cost, its numbers and where they come from."""
     console = Console()
     if name is None:
-        table = Table("preset", "what it is", "paper")
+        table = Table("preset", "policy", "reads", "cost per token, layer and KV head", "source", show_lines=True)
         for key, preset in PRESETS.items():
-            table.add_row(key, preset.summary, preset.paper)
+            table.add_row(key, escape(preset.text), _reads(key), escape(_cost(key)), escape(preset.paper))
         console.print(table)
         return
     with _clean_errors():
@@ -81,11 +85,29 @@ def policies(name: Annotated[str | None, typer.Argument(help="A preset, to see i
             raise unknown_name("preset", name, PRESETS)
     preset = PRESETS[name]
     console.print(f"[bold]{name}[/]: {escape(preset.summary)}\n{escape(preset.paper)}\n\n{escape(preset.text)}\n")
+    scores = Table("score", "what it favours", "reads", "cost per token, layer and KV head", "source", show_lines=True)
+    for atom in _atoms(name):
+        reads = ", ".join(atom.row.lower(dict(atom.values), Fraction(1, 2)).taps)
+        scores.add_row(atom.name, escape(atom.row.summary), reads, escape(atom.row.cost), escape(atom.row.source))
     numbers = Table("number", "default", "source")
     for key, source in preset.sources.items():
         numbers.add_row(escape(key), preset.params.get(key, "-"), escape(source))
-    if preset.sources:
-        console.print(numbers)
+    for rows in (scores, numbers):
+        if rows.row_count:
+            console.print(rows)
+
+
+def _atoms(name: str) -> list[Atom]:
+    """The score atoms of a preset, each once."""
+    return list(dict.fromkeys(Policy.parse(name).atoms()))
+
+
+def _reads(name: str) -> str:
+    return ", ".join(lower(Policy.parse(name)).taps) or "-"
+
+
+def _cost(name: str) -> str:
+    return "; ".join(f"{atom.name}: {atom.row.cost}" for atom in _atoms(name)) or "-"
 
 
 @contextmanager

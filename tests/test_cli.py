@@ -82,7 +82,12 @@ def test_presets_are_listed_and_shown():
     listed = kvfx("policies")
     assert listed.exit_code == 0
     assert all(name in listed.output for name in PRESETS)
+    everything = " ".join(listed.output.split())
+    for column in ("policy", "reads", "cost per token", "source", "pre_key", "Cholesky", "[size,"):
+        assert column in everything
     shown = kvfx("policies", "compactor")
     assert shown.exit_code == 0
     assert "blend" in shown.output
+    assert "leverage" in shown.output
+    assert kvfx("policies", "none").exit_code == 0
     assert kvfx("policies", "compacter").exit_code == 1

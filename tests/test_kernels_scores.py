@@ -187,7 +187,20 @@ def test_position_counts_the_real_tokens(case):
     B, H, _, S, D = case.dims
     (key,) = case.draw((B, H, S, D))
     rank = rows_alone(lambda k: torch.arange(0.0, k.shape[1]).expand(k.shape[:2]), [key], case.valid(), torch.float32)
-    assert torch.equal(kvfx.position(key, case.valid()), rank)
+    assert torch.equal(kvfx.position(key, case.valid(), 0), rank)
+
+
+@given(cases(), st.integers(1, 6))
+@many
+def test_sinks_come_before_all_others_the_first_first(case, sinks):
+    B, H, _, S, D = case.dims
+    (key,) = case.draw((B, H, S, D))
+    score, valid = kvfx.position(key, case.valid(), sinks), case.valid()
+    for b in range(B):
+        row = score[b, 0] if valid is None else score[b, 0][valid[b]]
+        n = len(row)
+        order = row.argsort(descending=True).tolist()
+        assert order == list(range(min(sinks, n))) + list(range(n - 1, sinks - 1, -1))
 
 
 # Blocks.
@@ -279,6 +292,50 @@ def test_chunks_stay_whole_but_the_last_which_gives_its_first_tokens(case, data)
         assert all(part.int().diff().max() <= 0 for part in cut if len(part) > 1)
 
 
+@given(cases(), st.sampled_from([2, 4, CHUNK]), st.integers(0, 3), st.integers(0, 3))
+@many
+def test_chunk_rank_matches_its_definition_row_by_row(case, chunk, sinks, recent):
+    B, H, _, S, _ = case.dims
+    (scores,) = case.draw((B, H, S))
+
+    def row(x):
+        n = x.shape[1]
+        safe = torch.full_like(x, torch.inf)
+        x = torch.cat([safe[:, :sinks], x[:, sinks:]], 1)
+        x = torch.cat([x[:, : max(0, n - recent)], safe[:, max(0, n - recent) :]], 1)
+        answer = torch.zeros_like(x)
+        for h, start in itertools.product(range(x.shape[0]), range(0, n, chunk)):
+            part = x[h, start : start + chunk].tolist()
+            order = sorted(range(len(part)), key=lambda i: (-part[i], i))
+            for rank, i in enumerate(order):
+                answer[h, start + i] = -rank / len(part)
+        return answer
+
+    exact = rows_alone(row, [scores], case.valid(), torch.float32)
+    assert torch.equal(kvfx.chunk_rank(scores, case.valid(), chunk, sinks, recent), exact)
+
+
+@given(cases(), st.integers(2, 9), st.data())
+@many
+def test_every_chunk_keeps_its_share_and_none_is_emptied(case, chunk, data):
+    B, H, _, S, _ = case.dims
+    (scores,) = case._replace(padding="none").draw((B, H, S))
+    count = data.draw(st.integers(1, S))
+    slots = kvfx.select(kvfx.chunk_rank(scores, None, chunk, 0, 0), count, None)
+    kept = torch.zeros(B, H, S, dtype=torch.bool).scatter(-1, slots, True)
+    for part in kept.split(chunk, -1):
+        ideal = count * part.shape[-1] / S
+        if count >= -(-S // chunk):
+            assert (part.sum(-1) >= 1).all()
+        assert ((part.sum(-1) - ideal).abs() <= 2).all()
+
+
+def test_chunk_rank_hides_no_score_that_is_not_finite():
+    scores = torch.zeros(1, 1, 8)
+    scores[0, 0, 2], scores[0, 0, 5] = torch.nan, torch.inf
+    assert not kvfx.protect(kvfx.chunk_rank(scores, None, 4, 0, 0), None, 0, 0)[1]
+
+
 # The hook library's window, which knows no padding.
 
 
@@ -300,7 +357,7 @@ def test_kvpress_window_attention_matches_its_definition(case, window, kernel, l
                 around = torch.nn.functional.pad(received, (kernel // 2, kernel // 2))
                 received = around.unfold(0, kernel, 1).mean(-1)
             answer[b, h, : S - window] = received
-            answer[b, h, S - window :] = received.max() + 1
+        answer[:, :, S - window :] = answer[:, :, : S - window].amax((1, 2), keepdim=True) + 1
         return answer
 
     exact, low = slow(torch.float64), slow(torch.float32)

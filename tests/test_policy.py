@@ -1,6 +1,7 @@
 """The policy language: four equal forms, presets, errors, counts, and what a policy is lowered to."""
 
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfx.algebra import Atom, Combine, Number, ZScore
-from kvfx.budget import Budget, Protect
+from kvfx.budget import PER, ROW, Budget, Protect
 from kvfx.errors import PolicyError
 from kvfx.lower import lower, sketch_digest
 from kvfx.params import Int, OneOf, Real, Word
 from kvfx.passes import plan
 from kvfx.passes.plan import OpCall, Plan, Scalar, Sketch
-from kvfx.policy import PLANNED, Policy, as_policy
+from kvfx.policy import PLANNED, TOKEN, Policy, as_policy
 from kvfx.presets import PRESETS, table_markdown
 from kvfx.scores import SCORES
 
@@ -80,11 +81,16 @@ KEEPS = st.one_of(
 def policies(draw):
     score = draw(SCORE)
     kvpress = st.builds(Budget, KEEPS, rounding=st.just("kvpress"))
-    budget = draw(st.one_of(st.builds(Budget, KEEPS), st.builds(Budget, tokens=st.integers(1, 10**6)), kvpress))
+    pyramids = {"shape": st.builds(Word, st.just("pyramid"), st.integers(1, 99)), "least": st.integers(2, 99)}
+    shapes = st.one_of(st.just({}), st.fixed_dictionaries(pyramids))
+    shaped = st.builds(lambda keep, per, shape: Budget(keep, per=per, **shape), KEEPS, values(PER), shapes)
+    kvpress_pyramid = st.builds(Budget, KEEPS, rounding=st.just("kvpress"), **pyramids)
+    counted = st.builds(Budget, tokens=st.integers(1, 10**6))
+    budget = draw(st.one_of(st.builds(Budget, KEEPS), counted, shaped, kvpress, kvpress_pyramid))
     ends = st.integers(0, 2**20 if budget.tokens is None else budget.tokens // 2)
     protect = draw(st.builds(Protect, ends, ends)) if budget.rounding == "floor" else Protect()
     together = {
-        "unit": draw(values(OneOf({"token": None, "chunk": Int(2)}))),
+        "unit": draw(values(OneOf({"token": None, "chunk": Int(2)}))) if budget.per == ROW else TOKEN,
         "align": draw(st.sampled_from(["perhead", "shared"])),
     }
     try:
@@ -194,7 +200,7 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
     [
         (
             "compacter:0.5",
-            r"unknown policy 'compacter'. Did you mean 'compactor'\? Known: chunkkv, compactor, compactor@kvpress, ",
+            r"unknown policy 'compacter'. Did you mean 'compactor'\? Known: chunkkv, chunkkv@kvpress, compactor, ",
         ),
         ("adakv", "unknown policy 'adakv'.*leverage"),
         ("compactor@engine:0.5", "unknown policy 'compactor@engine'"),
@@ -234,6 +240,13 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
         ("compactor | budget=uniform(0.5, tokens=3)", "either a fraction kept"),
         ("compactor | budget=0.5", "names its pool"),
         ("-knorm", "no budget"),
+        ("-knorm | budget=uniform(0.5, per=5)", r"per takes row or chunk\(n\)"),
+        ("-knorm | budget=uniform(0.5, per=chunk(1))", r"per=chunk\(1\)\) is not built"),
+        ("-knorm | budget=uniform(0.5, shape=cone(3))", r"shape takes flat or pyramid\(n\), n an integer >= 1"),
+        ("-knorm | budget=uniform(0.5, min=9)", "min=9 is the least of a pyramid's layers"),
+        ("-knorm | budget=uniform(0.5, per=chunk(9), round=kvpress)", "counts over the whole row, not per="),
+        ("-knorm | budget=uniform(0.5, shape=pyramid(9), round=kvpress)", "needs min, the window of its SnapKV"),
+        ("-knorm | unit=chunk(5) | budget=uniform(0.5, per=chunk(9))", "per=chunk\\(9\\) would cut units apart"),
         ("-knorm:0.5", "follows the name of a preset"),
         ("none | budget=uniform(0.5)", "keeps everything"),
         ("3 | budget=uniform(0.5)", "the same for every token"),
@@ -355,7 +368,7 @@ def test_with_keep_changes_only_the_keep():
 
 def test_only_kvpress_couples_the_rows_of_a_batch():
     coupled = [name for name in PRESETS if Policy.parse(name).batch_coupled]
-    assert coupled == ["compactor@kvpress", "snapkv@kvpress", "tova@kvpress"]
+    assert coupled == ["compactor@kvpress", "snapkv@kvpress", "pyramidkv@kvpress", "tova@kvpress", "chunkkv@kvpress"]
 
 
 ATTENTION = OpCall("chunk_attention", ("query", "key", "value"), None, (("chunk", 256), ("scale", 1.0), ("pool", 3)))
@@ -388,13 +401,19 @@ PLANS = {
     "keydiff@kvpress": Plan(OpCall("key_diff", ("key",))),
     "snapkv@kvpress": kvpress_window(64, 5, False),
     "tova@kvpress": kvpress_window(1, 1, True),
-    "streaming_llm": Plan(OpCall("position", ("key",)), sinks=4),
+    "streaming_llm": Plan(OpCall("position", ("key",), None, (("sinks", 0),)), sinks=4),
+    "streaming_llm@kvpress": Plan(OpCall("position", ("key",), None, (("sinks", 4),))),
     "keydiff": Plan(OpCall("key_diff", ("key",))),
     "snapkv": Plan(SNAPKV, recent=64),
+    "pyramidkv": Plan(SNAPKV, recent=64),
+    "pyramidkv@kvpress": kvpress_window(64, 5, False),
     "tova": Plan(OpCall("window_attention", ("query", "key"), None, TOVA), recent=1),
     "h2o_prefill": Plan(attention_call("column_attention", ("reduce", "count"))),
+    "h2o_prefill@kvpress": Plan(attention_call("column_attention", ("reduce", "count"))),
     "lagkv": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4))), sinks=4),
+    "lagkv@kvpress": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4)))),
     "chunkkv": Plan(SNAPKV, recent=64, shared=True, chunk=20),
+    "chunkkv@kvpress": replace(kvpress_window(64, 5, False), shared=True, chunk=20),
     "random": Plan(OpCall("random", ("key",), None, (("seed", 0),))),
 }
 

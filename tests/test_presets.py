@@ -133,3 +133,25 @@ def test_a_pyramid_falls_and_keeps_the_total(beta, layers, length, protected):
             steps = [a - b for a, b in itertools.pairwise(counts)]
             assert not steps or max(steps) - min(steps) <= 2
     assert Policy.parse("pyramidkv").counts(1000, 4) == [914, 638, 362, 86]
+
+
+def test_decoding_over_a_pyramid_equals_the_reference(tmp_path):
+    ids, mask, taps = captured(64, 64)
+    model = kvfx.compile(MODEL, "pyramidkv(window=16):0.5", backend="eager", on_refuse="error")
+    cache = model.compress(ids, mask)
+    question = torch.tensor([[5, 9, 2], [7, 7, 30]])
+    answers = model.generate(question, past_key_values=cache.copy(), append=True, max_new_tokens=5, do_sample=False)
+    cache.save(tmp_path / "pyramid.kvfx")
+    loaded = kvfx.load_cache(tmp_path / "pyramid.kvfx")
+    again = model.generate(question, past_key_values=loaded, append=True, max_new_tokens=5, do_sample=False)
+    assert torch.equal(again, answers)
+    logits = torch.cat([model(token[:, None], past_key_values=cache).logits for token in answers.unbind(1)], 1)
+    for row in range(2):
+        hidden = []
+        for layer in cache.layers:
+            seen = torch.zeros(1, 2, 64, dtype=torch.bool)
+            held = layer.positions[row, :, : layer.slots - answers.shape[1]]
+            hidden.append(~seen.scatter(-1, held[None].long(), True))
+        exact = reference.continue_with(MODEL, ids[row : row + 1], hidden, answers[row : row + 1])
+        torch.testing.assert_close(logits[row : row + 1], exact)
+        assert torch.equal(exact[0, 2:-1].argmax(-1), answers[row, 3:])
