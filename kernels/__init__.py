@@ -6,6 +6,7 @@ One file holds one operator; `OPS` lists them all, and tests and benchmarks read
 
 from . import (
     attention,
+    attention_lse,
     chunk_attention,
     chunk_mean,
     chunk_rank,
@@ -29,6 +30,7 @@ from .op import Dims, KernelOp
 
 OPS: dict[str, KernelOp] = {
     "attention": attention.OP,
+    "attention_lse": attention_lse.OP,
     "key_norm": key_norm.OP,
     "chunk_attention": chunk_attention.OP,
     "window_attention": window_attention.OP,

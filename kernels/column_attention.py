@@ -15,6 +15,7 @@ def column_attention(
     key: Tensor,
     value: Tensor | None,
     valid: Tensor | None,
+    lse: Tensor | None,
     scale: float | None,
     reduce: str,
     heads: str,
@@ -33,6 +34,8 @@ def column_attention(
         key: [B, Hkv, S, D].
         value: [B, Hkv, S, Dv]; if given, scores are multiplied by the L2 norm of the token's value before pooling.
         valid: [B, S] bool, False at padding; None means every token is real.
+        lse: log-sum-exp of the row's own causal attention with this scale, [B, Hq, S] float32, for rows without padding;
+            None computes it.
         scale: factor on the logits; None means 1/sqrt(D).
         reduce: over the queries: `sum`, `count` (the mean over those that see the token) or `squares`.
         heads: over query heads, then: `mean` or `max` of the group, or `layer`, the mean over all query heads, the
@@ -45,7 +48,8 @@ def column_attention(
 
     Numerics: float32 throughout; a weight's relative error is that of its logit plus that of L_i, as in any softmax
     from a stored log-sum-exp.
-    Cost: two causal attentions over float32 queries and keys, 4*B*Hq*S*S*D flops; O(S) scratch beside copies of both.
+    Cost: one causal attention over float32 queries and keys, 2*B*Hq*S*S*D flops, and one more without `lse`; O(S) scratch
+    beside copies of both.
     The device decides which flash attention gives the log-sum-exp: on a CPU `_scaled_dot_product_flash_attention_for_
     cpu`, which exists nowhere else; on CUDA the memory-efficient one, which takes float32 where flash does not.
     """
@@ -58,7 +62,7 @@ def column_attention(
         absent = (torch.arange(tokens, device=key.device) >= length)[:, None]  # [B, 1, S]
         query, key = query.masked_fill(absent[..., None], 0), key.masked_fill(absent[..., None], 0)
     key = key[:, :, None].expand(-1, -1, query.shape[1] // groups, -1, -1).flatten(1, 2)  # keys of each query head
-    total = _causal_log_sum_exp(query, key)
+    total = _causal_log_sum_exp(query, key) if lse is None else lse
     if place is not None:
         total = total.masked_fill(absent, 1e30)  # absent queries pay nothing, and absent keys have no other asker
     if reduce not in REDUCE:
@@ -88,14 +92,14 @@ def _causal_log_sum_exp(query: Tensor, key: Tensor) -> Tensor:
 def _inputs(dims, dtype, device, seed):
     B, H, G, S, D = dims
     query, key, value = samples(dtype, device, seed, (B, H * G, S, D), (B, H, S, D), (B, H, S, D))
-    return query, key, value, None, None, "count", "mean", 1, "avg"
+    return query, key, value, None, None, None, "count", "mean", 1, "avg"
 
 
 OP = KernelOp(
     "column_attention",
-    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, float? scale, str reduce, str heads, int pool, "
-    "str pool_kind) -> Tensor",
+    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, Tensor? lse, float? scale, str reduce, str heads, "
+    "int pool, str pool_kind) -> Tensor",
     column_attention,
     _inputs,
-    cost="4*B*Hq*S*S*D flops",
+    cost="2*B*Hq*S*S*D flops, twice without lse",
 )

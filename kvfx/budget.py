@@ -78,7 +78,8 @@ class Budget:
         mean, room = flat - protected, length - protected
         if self.shape == FLAT or mean == 0:
             return [flat] * layers
-        last = max(Fraction(mean, self.shape.arg or 1), 2 * mean - room, max(self.least, 2) - protected)
+        steepest = Fraction(mean, self.shape.arg or 1)
+        last = max(steepest, Fraction(2 * mean - room), Fraction(max(self.least, 2) - protected))
         spread = 2 * max(mean - last, Fraction(0))  # first minus last
         upper = [mean + int(spread * (layers - 1 - 2 * layer) / (2 * max(layers - 1, 1))) for layer in range(layers // 2)]
         middle = [mean] * (layers % 2)

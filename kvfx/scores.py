@@ -173,7 +173,7 @@ SCORES: dict[str, ScoreRow] = {
             "chunk: Compactor, arXiv:2507.08143, section on non-causal attention; kvpress NonCausalAttnPress. "
             "win: SnapKV, arXiv:2404.14469. last: TOVA, arXiv:2401.06104. all: H2O, arXiv:2306.14048"
         ),
-        cost="multiply-adds per query head: 2 D chunk; D win; 2 D S for all, two attentions more",
+        cost="multiply-adds per query head: 2 D chunk; D win; D S for all, one attention more, two under padding",
     ),
     "leverage": ScoreRow(
         summary="statistical leverage of the sketched key: how far it sticks out of its chunk",

@@ -192,14 +192,12 @@ def _budget(node: Node, base: Budget | None) -> Budget:
     if node.name != "uniform":
         raise axis_error("budget", node.name)
     given = bind("uniform", ARGUMENTS, node.arguments)
-    amount = {"keep": None, "tokens": None} if "keep" in given or "tokens" in given else {}
+    fields: dict[str, Any] = {"keep": None, "tokens": None} if "keep" in given or "tokens" in given else {}
     for name, value in given.items():
-        if name == "keep":
-            amount["keep"] = value
-        else:
-            read = _value(f"uniform({name}=)", value)
-            amount[ARGUMENTS[name]] = str(read) if name == "round" else read
-    return replace(base, **amount) if base else Budget(**amount)
+        fields[ARGUMENTS[name]] = value if name == "keep" else _value(f"uniform({name}=)", value)
+    if "rounding" in fields:
+        fields["rounding"] = str(fields["rounding"])
+    return replace(base, **fields) if base else Budget(**fields)
 
 
 def _protect(node: Node, base: Protect) -> Protect:

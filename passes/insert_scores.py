@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
-from kvfx.passes.graph import aten, call, constant, inputs, schema_of, val
+from kvfx.passes.graph import aten, call, constant, inputs, replace, schema_of, val
 from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, ZScore
 from kvfx.passes.report import Report, Site
 
@@ -36,6 +37,7 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
 class _Builder:
     def __init__(self, module: fx.GraphModule, site: Site, plan: Plan) -> None:
         self.module, self.graph, self.site, self.plan = module, module.graph, site, plan
+        self.attention = inputs(site.nodes["attention"])
 
     def valid(self) -> fx.Node | None:
         """Which tokens are real, [B, S], or None if all are: padding shows as position -1."""
@@ -75,14 +77,27 @@ class _Builder:
     def call(self, expr: OpCall) -> fx.Node:
         """Arguments by the op's schema: taps in order, then by name; a scale that is not given is the model's."""
         schema = schema_of(getattr(torch.ops.kvfx, expr.op).default)
-        scale = inputs(self.site.nodes["attention"])[6]
-        given: dict[str, Any] = {"scale": scale, "valid": self.site.nodes.get("valid"), "layer": self.site.layer}
+        given: dict[str, Any] = {"scale": self.attention[6], "valid": self.site.nodes.get("valid"), "layer": self.site.layer}
         given |= dict(expr.options)
+        if any(argument.name == "lse" for argument in schema.arguments):
+            given["lse"] = self.log_sum_exp()
         if expr.sketch is not None:
             given["sketch"] = self.sketch(expr.sketch)
         names = [argument.name for argument in schema.arguments]
         given |= dict(zip(names, (self.site.nodes[tap] for tap in expr.taps), strict=False))
         return self.op(expr.op, *(given.get(name) for name in names))
+
+    def log_sum_exp(self) -> fx.Node | None:
+        """That of the site's attention, [B, Hq, S] fp32; None where its kernel does not give one."""
+        nodes = self.site.nodes
+        if "lse" not in nodes and _gives_lse(nodes["attention"], nodes["key"]):
+            query, key, value, *_, scale = self.attention
+            with self.graph.inserting_before(nodes["attention"]):
+                both = self.op("attention_lse", query, key, value, scale)
+                out, nodes["lse"] = (call(self.graph, operator.getitem, both, index) for index in range(2))
+            replace(nodes["attention"], out)
+            nodes["attention"] = out
+        return nodes.get("lse")
 
     def sketch(self, sketch: Sketch) -> fx.Node:
         layer, key = self.site.layer, self.site.nodes["key"]
@@ -96,3 +111,11 @@ class _Builder:
 
     def op(self, name: str, *args: Any) -> fx.Node:
         return call(self.graph, getattr(torch.ops.kvfx, name).default, *args)
+
+
+def _gives_lse(attention: fx.Node, new_key: fx.Node) -> bool:
+    """Whether a CPU's flash attention computes it: causal by flag, over the new tokens alone."""
+    query, key, value, mask, _, is_causal, _ = inputs(attention)
+    tensors = [val(node) for node in (query, key, value)]
+    alike = len({tensor.shape[3] for tensor in tensors}) == 1 and all(tensor.stride(3) == 1 for tensor in tensors)
+    return key is new_key and mask is None and is_causal and alike and val(query).device.type == "cpu"

@@ -32,7 +32,7 @@ def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | Non
     seen = torch.full((batch,), past)
     try:
         with torch.no_grad():
-            run(model, SlotCache(layers, size, counts), seen, valid, None, {"input_ids": ids}, {})
+            run(model, SlotCache(layers, None if size is None else [size], counts), seen, valid, None, {"input_ids": ids}, {})
     except RuntimeError:
         # A marker that no pass has replaced cannot run; the graph is what was wanted.
         if not caught:

@@ -268,6 +268,17 @@ def test_every_pass_leaves_a_sound_graph(plan, padded):
     assert report.reasons() == []
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_score_over_all_queries_takes_the_log_sum_exp_of_the_attention(padded):
+    valid = torch.ones(2, 9, dtype=torch.bool) if padded else None
+    module = traced_step(decoder("qwen3", 2, 2, 16, 0), torch.ones(2, 9, dtype=torch.long), valid=valid, keep=4)
+    run(module, plan_of(Policy.parse("h2o_prefill:0.5")), check_each=True)
+    calls = [node.target for node in module.graph.nodes]
+    # In each of two layers. Under a mask the attention keeps its own spelling, and the score asks twice.
+    assert calls.count(aten._scaled_dot_product_flash_attention_for_cpu.default) == 4
+    assert calls.count(aten.scaled_dot_product_attention.default) == (2 if padded else 0)
+
+
 def test_a_plan_without_a_score_only_undoes_what_finding_did():
     model, ids = decoder("llama", 2, 2, 16, 0), torch.arange(9)[None]
     report = run(traced_step(model, ids), Plan(None), check_each=True)

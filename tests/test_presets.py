@@ -136,7 +136,7 @@ def test_a_pyramid_falls_and_keeps_the_total(beta, layers, length, protected):
 
 
 def test_decoding_over_a_pyramid_equals_the_reference(tmp_path):
-    ids, mask, taps = captured(64, 64)
+    ids, mask, _ = captured(64, 64)
     model = kvfx.compile(MODEL, "pyramidkv(window=16):0.5", backend="eager", on_refuse="error")
     cache = model.compress(ids, mask)
     question = torch.tensor([[5, 9, 2], [7, 7, 30]])
