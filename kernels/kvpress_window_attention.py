@@ -12,8 +12,8 @@ def kvpress_window_attention(query: Tensor, key: Tensor, window: int, kernel: in
 
     Deliberately kept: weights rounded to the dtype of the queries before they are averaged, average pooling that counts
     the zeros beyond the ends, also beyond the window's first token, and logits over sqrt(D) whatever the model does.
-    The window's own tokens get 1 more than the best of their head, where kvpress takes the best of the batch: they win
-    either way, and ties among them are `select`'s, not top-k's.
+    The window's own tokens get 1 more than the best of their row, where kvpress takes the best of the batch, which is
+    one row; ties among them are `select`'s, not top-k's.
 
     Args:
         query: [B, Hq, S, D], S > window (kvpress fails below too), no padding.
@@ -40,8 +40,8 @@ def kvpress_window_attention(query: Tensor, key: Tensor, window: int, kernel: in
         score = received.mean(1, keepdim=True).expand(-1, key.shape[1], -1)
     else:
         score = F.avg_pool1d(received, kernel, 1, kernel // 2).unflatten(1, (key.shape[1], -1)).mean(2)
-    best = score.amax(-1, keepdim=True) + 1
-    return torch.cat([score, best.expand(-1, -1, window)], -1).float()
+    best = score.amax((1, 2), keepdim=True) + 1
+    return torch.cat([score, best.expand(-1, score.shape[1], window)], -1).float()
 
 
 def _inputs(dims, dtype, device, seed):

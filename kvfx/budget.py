@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.params import Int, bind, write_number
+from kvfx.params import Int, bind, exact, plain, write_number
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Budget:
         """Return the budget as plain data; a fraction that no short decimal equals is text, `"1/3"`."""
         if self.keep is None:
             return {"uniform": {"tokens": self.tokens}}
-        decimal = float(self.keep)
-        keep = decimal if Fraction(repr(decimal)) == self.keep else str(self.keep)
-        return {"uniform": {"keep": keep} | ({"round": self.rounding} if self.rounding != "floor" else {})}
+        return {"uniform": {"keep": plain(self.keep)} | ({"round": self.rounding} if self.rounding != "floor" else {})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Budget:
@@ -91,17 +89,12 @@ class Protect:
 
 def _share(value: Any) -> Fraction:
     """Read a fraction kept."""
-    try:
-        keep = Fraction(f"{value:.9f}") if isinstance(value, float) else Fraction(value)
-    except (ValueError, TypeError, ZeroDivisionError):
-        raise PolicyError(f"keep={value!r} is not a fraction: expected a number in (0, 1], such as 0.5.") from None
+    keep = exact("keep", value, "(0, 1]")
     if not 0 < keep <= 1:
         raise PolicyError(
             f"keep={write_number(keep)} is outside (0, 1]: a budget is the fraction kept, so 0.25 keeps a quarter. "
             "To keep a count, write uniform(tokens=n); to keep all, none."
         )
-    if keep.denominator > 10**9:
-        raise PolicyError(f"keep={write_number(keep)} is too fine for exact 64-bit counts: give nine decimals at most.")
     return keep
 
 

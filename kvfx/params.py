@@ -41,6 +41,23 @@ def write_number(value: int | float | Fraction) -> str:
     return str(shortest(value))
 
 
+def exact(name: str, value: Any, where: str) -> Fraction:
+    """Read a fraction: text or a Fraction as it is, a float as a decimal of nine digits."""
+    try:
+        fraction = Fraction(f"{value:.9f}") if isinstance(value, float) else Fraction(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise PolicyError(f"{name}={value!r} is not a fraction: expected a number in {where}, such as 0.5.") from None
+    if fraction.denominator > 10**9:
+        raise PolicyError(f"{name}={write_number(fraction)} is too fine for exact 64-bit counts: give nine decimals at most.")
+    return fraction
+
+
+def plain(value: Fraction) -> float | str:
+    """Return a fraction as plain data: a decimal, or text such as `"1/3"` if no short decimal equals it."""
+    decimal = float(value)
+    return decimal if Fraction(repr(decimal)) == value else str(value)
+
+
 def bind(what: str, names: Iterable[str], arguments: Iterable[tuple[str | None, Any]]) -> dict[str, Any]:
     """Give each argument, named or in its place (name None), to one of `names`."""
     names = list(names)

@@ -9,14 +9,14 @@ from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.graph import aten, call, constant, inputs, schema_of, val
-from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, ZScore
+from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, Splice, ZScore
 from kvfx.passes.report import Report, Site
 
 ARITHMETIC = {"add": aten.add.Tensor, "sub": aten.sub.Tensor, "mul": aten.mul.Tensor}
 
 
 def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
-    """Compute each evicting site's score [B, Hkv, S], fp32, right after its attention."""
+    """Compute each evicting site's score [B, Hkv, S], fp32, right after its attention; of a splice, both scores."""
     for site in report.sites:
         if "write" not in site.nodes or site.refusal:
             continue
@@ -27,15 +27,20 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             builder = _Builder(module, site, plan)
             if (valid := builder.valid()) is not None:
                 site.nodes["valid"] = valid
-            site.nodes["score"] = builder.together(builder.build(plan.score))
+            match plan.score:
+                case Splice(first, then):
+                    site.nodes |= {"first": builder.together(first), "score": builder.together(then)}
+                case score:
+                    site.nodes["score"] = builder.together(score)
         module.graph.erase_node(end)
-        ops = [op.op for op in plan.calls()] + ["chunk_mean"] * bool(plan.chunk)
+        ops = [op.op for op in plan.calls()] + ["chunk_mean"] * bool(plan.chunk) + ["splice"] * isinstance(plan.score, Splice)
         site.score = " ".join(dict.fromkeys(ops))
 
 
 class _Builder:
     def __init__(self, module: fx.GraphModule, site: Site, plan: Plan) -> None:
         self.module, self.graph, self.site, self.plan = module, module.graph, site, plan
+        self.built: dict[Expr | None, Any] = {}
 
     def valid(self) -> fx.Node | None:
         """Which tokens are real, [B, S], or None if all are: padding shows as position -1."""
@@ -43,6 +48,12 @@ class _Builder:
         return call(self.graph, aten.ge.Scalar, write.args[2], 0) if write.args[3] is not None else None
 
     def build(self, expr: Expr | None) -> Any:
+        """The node of an expression, or its number; equal expressions share one."""
+        if expr not in self.built:
+            self.built[expr] = self.make(expr)
+        return self.built[expr]
+
+    def make(self, expr: Expr | None) -> Any:
         match expr:
             case Scalar(value):
                 return value
@@ -60,8 +71,9 @@ class _Builder:
                 return self.call(expr)
         raise AssertionError(f"no such score expression: {expr!r}")
 
-    def together(self, score: fx.Node) -> fx.Node:
-        """Make equal the scores of what the plan keeps or drops together: heads of a layer, tokens of a chunk."""
+    def together(self, expr: Expr | None) -> fx.Node:
+        """The score, made equal where the plan keeps or drops together: heads of a layer, tokens of a chunk."""
+        score = self.build(expr)
         if self.plan.shared:
             mean = call(self.graph, aten.mean.dim, score, [1], True)
             score = call(self.graph, aten.expand.default, mean, [-1, self.site.kv_heads, -1])

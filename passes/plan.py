@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from torch import Tensor
 
 # What a score may read at a site. `key` carries RoPE, `pre_key` does not; both are the new tokens' own, one row per KV head.
-TAPS = ("query", "key", "value", "pre_key")
+# `output_weight` is the weight of the projection behind attention, [hidden, Hq*Dv].
+TAPS = ("query", "key", "value", "pre_key", "output_weight")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,16 @@ class Combine:
     right: Expr
 
 
-Expr = OpCall | Scalar | ZScore | Combine
+@dataclass(frozen=True)
+class Splice:
+    """Rank by `first` up to a share of what a row keeps, by `then` behind it. Only at the top of a score."""
+
+    first: Expr
+    then: Expr
+    share: Fraction
+
+
+Expr = OpCall | Scalar | ZScore | Combine | Splice
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class Plan:
                     yield expr
                 case ZScore(of):
                     todo.insert(0, of)
-                case Combine(_, left, right):
+                case Combine(_, left, right) | Splice(left, right):
                     todo[:0] = [left, right]
 
     @property
