@@ -1,14 +1,18 @@
-"""Score expressions: numbers and atoms under + - * and zscore, written as text or as plain data."""
+"""Score expressions: numbers and atoms under + - *, zscore and splice, written as text or as plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.params import Real, Value, Word, bind, plain, shortest, word, write_number
+from kvfx.params import Real, Value, Word, bind, exact, plain, shortest, word, write_number
 from kvfx.scores import SCORES, ScoreRow
+
+NAMES = (*SCORES, "zscore", "splice")  # what may stand before an opening parenthesis in a score
+SPLICE = ("first", "then", "share")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Atom:
 
     def __init__(self, name: str, *args: Any, **kwargs: Any) -> None:
         if name not in SCORES:
-            raise unknown_name("score", name, [*SCORES, "zscore"])
+            raise unknown_name("score", name, NAMES)
         params = SCORES[name].params
         given = bind(name, [param.name for param in params], [(None, arg) for arg in args] + list(kwargs.items()))
         values = []
@@ -79,7 +83,29 @@ class Combine:
     right: Score
 
 
-Score = Number | Atom | ZScore | Combine
+@dataclass(frozen=True)
+class Splice:
+    """Two scores in turn: the first `share` of what a row keeps goes by `first`, the rest by `then`. Only at the top of a score.
+
+    Attributes:
+        first: the score that is asked first; protected tokens win in it, so they take from its share.
+        then: the score of the tokens left over.
+        share: in [0, 1], read as `keep` is. A row that keeps n tokens takes floor(share * n) by `first`, but one at least
+            unless the share is 0.
+    """
+
+    first: Score
+    then: Score
+    share: Fraction
+
+    def __post_init__(self) -> None:
+        share = exact("share", self.share, "[0, 1]")
+        if not 0 <= share <= 1:
+            raise PolicyError(f"share={write_number(share)} is outside [0, 1]: the first score chooses this share of what is kept.")
+        object.__setattr__(self, "share", share)
+
+
+Score = Number | Atom | ZScore | Combine | Splice
 
 
 def parts(score: Score) -> Iterator[Score]:
@@ -88,7 +114,7 @@ def parts(score: Score) -> Iterator[Score]:
     match score:
         case ZScore(of):
             yield from parts(of)
-        case Combine(_, left, right):
+        case Combine(_, left, right) | Splice(left, right):
             yield from parts(left)
             yield from parts(right)
 
@@ -100,6 +126,8 @@ def write(score: Score) -> str:
             return write_number(value)
         case ZScore(of):
             return f"zscore({write(of)})"
+        case Splice(first, then, share):
+            return f"splice({write(first)}, {write(then)}, {write_number(share)})"
         case Combine("*", Number(-1), of) if not isinstance(of, Number):
             return f"-{_inside(of, '+-*')}"
         case Combine("*", left, right):
@@ -126,6 +154,8 @@ def to_data(score: Score) -> Any:
             return shortest(value)
         case ZScore(of):
             return {"zscore": to_data(of)}
+        case Splice(first, then, share):
+            return {"splice": {"first": to_data(first), "then": to_data(then), "share": plain(share)}}
         case Combine(op, left, right):
             return {op: [to_data(left), to_data(right)]}
         case Atom(name, values):
@@ -143,11 +173,14 @@ def from_data(data: Any) -> Score:
             match next(iter(data.items())):
                 case "zscore", of:
                     return ZScore(from_data(of))
+                case "splice", {"first": first, "then": then, "share": share, **others} if not others:
+                    return Splice(from_data(first), from_data(then), share)
                 case ("+" | "-" | "*") as op, [left, right]:
                     return Combine(op, from_data(left), from_data(right))
                 case str() as name, Mapping() as values:
                     return Atom(name, **values)
     raise PolicyError(
         f"{data!r} is not a score: expected a number, an atom such as {{'leverage': {{'size': 48}}}}, "
-        "{'zscore': score}, or an operator with two operands, {'+': [score, score]}."
+        "{'zscore': score}, {'splice': {'first': score, 'then': score, 'share': 0.5}}, or an operator with two operands, "
+        "{'+': [score, score]}."
     )

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.params import Int, OneOf, Word, bind, plain, word, write_number
+from kvfx.params import Int, OneOf, Word, bind, exact, plain, word, write_number
 
 ROW, FLAT = Word("row"), Word("flat")
 PER = OneOf({"row": None, "chunk": Int(2)})
@@ -116,10 +116,7 @@ class Budget:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the budget as plain data; a fraction that no short decimal equals is text, `"1/3"`."""
-        amount: dict[str, Any] = {"tokens": self.tokens}
-        if self.keep is not None:
-            decimal = float(self.keep)
-            amount = {"keep": decimal if Fraction(repr(decimal)) == self.keep else str(self.keep)}
+        amount = {"tokens": self.tokens} if self.keep is None else {"keep": plain(self.keep)}
         return {"uniform": amount | {name: plain(value) for name, value in self._changed()}}
 
     def _changed(self) -> list[tuple[str, Any]]:
@@ -166,17 +163,12 @@ class Protect:
 
 def _share(value: Any) -> Fraction:
     """Read a fraction kept."""
-    try:
-        keep = Fraction(f"{value:.9f}") if isinstance(value, float) else Fraction(value)
-    except (ValueError, TypeError, ZeroDivisionError):
-        raise PolicyError(f"keep={value!r} is not a fraction: expected a number in (0, 1], such as 0.5.") from None
+    keep = exact("keep", value, "(0, 1]")
     if not 0 < keep <= 1:
         raise PolicyError(
             f"keep={write_number(keep)} is outside (0, 1]: a budget is the fraction kept, so 0.25 keeps a quarter. "
             "To keep a count, write uniform(tokens=n); to keep all, none."
         )
-    if keep.denominator > 10**9:
-        raise PolicyError(f"keep={write_number(keep)} is too fine for exact 64-bit counts: give nine decimals at most.")
     return keep
 
 

@@ -38,7 +38,7 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
         policy.protect.recent,
         shared=policy.align == "shared",
         chunk=policy.unit.arg or 0,
-        share=policy.budget.per.arg or 0,
+        per=policy.budget.per.arg or 0,
     )
     if sketches is None:
         return lowered
@@ -69,6 +69,8 @@ def _expr(score: algebra.Score, keep: Fraction | None) -> plan.Expr:
             return _combine("*", plan.Scalar(float(score.row.sign)), score.row.lower(dict(values), keep))
         case algebra.ZScore(of):
             return plan.ZScore(_expr(of, keep))
+        case algebra.Splice(first, then, share):
+            return plan.Splice(_expr(first, keep), _expr(then, keep), share)
         case algebra.Combine(op, left, right):
             return _combine(op, _expr(left, keep), _expr(right, keep))
 

@@ -25,8 +25,11 @@ class Word:
 Value = int | float | Word
 
 
-def plain(value: Value) -> Any:
-    """Return a parameter's value as plain data: 48, `"none"`, `{"chunk": 256}`."""
+def plain(value: Value | Fraction) -> Any:
+    """Return a value as plain data: 48, `"none"`, `{"chunk": 256}`; a fraction as 0.3, or `"1/3"` if no short decimal equals it."""
+    if isinstance(value, Fraction):
+        decimal = float(value)
+        return decimal if Fraction(repr(decimal)) == value else str(value)
     if isinstance(value, Word):
         return value.name if value.arg is None else {value.name: value.arg}
     return value
@@ -57,6 +60,17 @@ def write_number(value: int | float | Fraction) -> str:
             return str(value)
         return decimal if Fraction(decimal) == value else str(value)
     return str(shortest(value))
+
+
+def exact(name: str, value: Any, where: str) -> Fraction:
+    """Read a fraction: text or a Fraction as it is, a float as a decimal of nine digits."""
+    try:
+        fraction = Fraction(f"{value:.9f}") if isinstance(value, float) else Fraction(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise PolicyError(f"{name}={value!r} is not a fraction: expected a number in {where}, such as 0.5.") from None
+    if fraction.denominator > 10**9:
+        raise PolicyError(f"{name}={write_number(fraction)} is too fine for exact 64-bit counts: give nine decimals at most.")
+    return fraction
 
 
 def bind(what: str, names: Iterable[str], arguments: Iterable[tuple[str | None, Any]]) -> dict[str, Any]:

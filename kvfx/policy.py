@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from kvfx import algebra, presets
-from kvfx.algebra import Atom, Score, ZScore, parts
+from kvfx.algebra import Atom, Score, Splice, ZScore, parts
 from kvfx.budget import ROW, Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
 from kvfx.params import Int, OneOf, Word, word
@@ -88,9 +88,12 @@ class Policy:
                 raise PolicyError("the score none keeps everything, so it takes no other axis. Write: none.")
             return
         for part in parts(self.score):
+            if isinstance(part, Splice) and part is not self.score:
+                raise PolicyError("splice stands inside a score. It chooses in two turns, so it can only be the whole score.")
             if isinstance(part, ZScore) and not any(isinstance(inner, Atom) for inner in parts(part.of)):
                 raise PolicyError(f"zscore standardises a constant. Put a score atom inside: {', '.join(SCORES)}.")
-        if not any(self.atoms()):
+        turns = (self.score.first, self.score.then) if isinstance(self.score, Splice) else (self.score,)
+        if not all(any(isinstance(part, Atom) for part in parts(turn)) for turn in turns):
             raise PolicyError(f"the score is the same for every token. Use a score atom: {', '.join(SCORES)}.")
         if self.budget is None:
             raise PolicyError("the policy has no budget: say how much to keep, for example | budget=uniform(0.5).")
@@ -101,6 +104,8 @@ class Policy:
             )
         if self.budget.rounding == "kvpress" and self.protect.total:
             raise PolicyError(f"round=kvpress counts without regard to {self.protect}. Leave protect out, or write round=floor.")
+        if isinstance(self.score, Splice) and self.budget.per != ROW:
+            raise PolicyError(f"splice ranks the whole row by two scores, and per={self.budget.per} cuts it. Leave one out.")
         if self.unit != TOKEN and self.budget.per != ROW:
             raise PolicyError(f"per={self.budget.per} would cut units apart, and unit={self.unit} keeps them whole. Leave one out.")
         for atom in self.atoms():

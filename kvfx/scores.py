@@ -118,6 +118,10 @@ def _leverage(args: Args, keep: Fraction | None) -> OpCall:
     return OpCall("leverage", (tap,), Sketch(args["size"], args["seed"]), (("chunk", _argument(args["per"])),))
 
 
+def _value_projection(args: Args, keep: Fraction | None) -> OpCall:
+    return OpCall("value_projection", ("value", "output_weight"))
+
+
 def _random(args: Args, keep: Fraction | None) -> OpCall:
     return OpCall("random", ("key",), options=(("seed", args["seed"]),))
 
@@ -215,6 +219,13 @@ SCORES: dict[str, ScoreRow] = {
         lower=_position,
         source="StreamingLLM, arXiv:2309.17453",
         cost="none to speak of",
+    ),
+    "vproj": ScoreRow(
+        summary="L1 norm of the value behind the output projection, mean over the query heads of the group",
+        params=(),
+        lower=_value_projection,
+        source="CriticalKV, arXiv:2502.03805",
+        cost="hidden D multiply-adds per query head, as many as the output projection itself",
     ),
     "random": ScoreRow(
         summary="uniform noise from a counter, the baseline every score must beat",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 
-from kvfx.algebra import Atom, Combine, Number, Score, ZScore
+from kvfx.algebra import NAMES, SPLICE, Atom, Combine, Number, Score, Splice, ZScore
 from kvfx.budget import ARGUMENTS, Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
 from kvfx.params import Word, bind, write_number
@@ -144,8 +144,8 @@ def _preset(head: Node, colon: Arguments) -> Policy | None:
         )
     if colon or head.variant:
         raise unknown_name("policy", name, PRESETS)
-    if head.name not in SCORES and head.name != "zscore":
-        raise unknown_name("policy", name, [*PRESETS, *SCORES, "zscore"])
+    if head.name not in NAMES:
+        raise unknown_name("policy", name, [*PRESETS, *NAMES])
     return None
 
 
@@ -175,11 +175,16 @@ def _expr(node: Node) -> Score:
             if not bound:
                 raise PolicyError("zscore() is empty: expected a score inside, as in zscore(-knorm).")
             return ZScore(_expr(bound["of"]))
+        case Call("splice", None, arguments):
+            bound = bind("splice", SPLICE, arguments)
+            if missing := [name for name in SPLICE if name not in bound]:
+                raise PolicyError(f"splice lacks {' and '.join(missing)}: expected splice(first, then, share), share in [0, 1].")
+            return Splice(_expr(bound["first"]), _expr(bound["then"]), bound["share"])
         case Call(name, None, arguments) if name in SCORES:
             bound = bind(name, [param.name for param in SCORES[name].params], arguments)
             return Atom(name, **{arg: _value(f"{name}({arg}=)", value) for arg, value in bound.items()})
         case Call(name, variant):
-            raise unknown_name("score", f"{name}@{variant}" if variant else name, [*SCORES, "zscore"])
+            raise unknown_name("score", f"{name}@{variant}" if variant else name, NAMES)
         case Binary(op, left, right):
             return Combine(op, _expr(left), _expr(right))
     return Number(_float(node))

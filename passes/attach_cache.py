@@ -6,6 +6,7 @@ from torch import fx
 
 from kvfx.passes.cache_write import WRITE
 from kvfx.passes.graph import aten, inputs, is_call
+from kvfx.passes.output_weight import output_weight
 from kvfx.passes.plan import Plan
 from kvfx.passes.pre_rope import pre_rope_key
 from kvfx.passes.report import Refusal, Refuse, Report, Site
@@ -63,4 +64,6 @@ def _tap(site: Site, plan: Plan) -> None:
     """Record the tensors that the plan's score reads here."""
     if "pre_key" in plan.taps:
         site.nodes["pre_key"] = pre_rope_key(site.nodes["key"])
+    if "output_weight" in plan.taps:
+        site.nodes["output_weight"] = output_weight(site.nodes["attention"])
     site.taps = plan.taps

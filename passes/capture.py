@@ -104,7 +104,9 @@ def _fake_like_dynamo(context: TracingContext, tensor: Tensor) -> FakeTensor:
 def trace(function: Callable[..., Any], *fakes: Any) -> fx.GraphModule:
     """Trace `function` on fake arguments to pre-dispatch ATen."""
     with fake_mode_of(fakes):
-        return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        # Nodes copied from one trace share their fakes; the same object twice would be traced as the same argument twice.
+        apart = [fake.detach() if isinstance(fake, Tensor) else fake for fake in fakes]
+        return make_fx(function, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*apart)
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.graph import aten, call, constant, inputs, replace, schema_of, val
-from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, ZScore
+from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, Splice, ZScore
 from kvfx.passes.report import Report, Site
 
 ARITHMETIC = {"add": aten.add.Tensor, "sub": aten.sub.Tensor, "mul": aten.mul.Tensor}
 
 
 def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
-    """Compute each evicting site's score [B, Hkv, S], fp32, right after its attention."""
+    """Compute each evicting site's score [B, Hkv, S], fp32, right after its attention; of a splice, both scores."""
     for site in report.sites:
         if "write" not in site.nodes or site.refusal:
             continue
@@ -28,9 +28,14 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             builder = _Builder(module, site, plan)
             if (valid := builder.valid()) is not None:
                 site.nodes["valid"] = valid
-            site.nodes["score"] = builder.together(builder.build(plan.score))
+            match plan.score:
+                case Splice(first, then):
+                    site.nodes |= {"first": builder.together(first), "score": builder.together(then)}
+                case score:
+                    site.nodes["score"] = builder.together(score)
         module.graph.erase_node(end)
-        ops = [op.op for op in plan.calls()] + ["chunk_mean"] * bool(plan.chunk) + ["chunk_rank"] * bool(plan.share)
+        together = {"chunk_mean": plan.chunk, "chunk_rank": plan.per, "splice": isinstance(plan.score, Splice)}
+        ops = [op.op for op in plan.calls()] + [op for op, there in together.items() if there]
         site.score = " ".join(dict.fromkeys(ops))
 
 
@@ -38,6 +43,7 @@ class _Builder:
     def __init__(self, module: fx.GraphModule, site: Site, plan: Plan) -> None:
         self.module, self.graph, self.site, self.plan = module, module.graph, site, plan
         self.attention = inputs(site.nodes["attention"])
+        self.built: dict[Expr | None, Any] = {}
 
     def valid(self) -> fx.Node | None:
         """Which tokens are real, [B, S], or None if all are: padding shows as position -1."""
@@ -45,6 +51,12 @@ class _Builder:
         return call(self.graph, aten.ge.Scalar, write.args[2], 0) if write.args[3] is not None else None
 
     def build(self, expr: Expr | None) -> Any:
+        """The node of an expression, or its number; equal expressions share one."""
+        if expr not in self.built:
+            self.built[expr] = self.make(expr)
+        return self.built[expr]
+
+    def make(self, expr: Expr | None) -> Any:
         match expr:
             case Scalar(value):
                 return value
@@ -62,16 +74,17 @@ class _Builder:
                 return self.call(expr)
         raise AssertionError(f"no such score expression: {expr!r}")
 
-    def together(self, score: fx.Node) -> fx.Node:
-        """Make equal the scores of what the plan keeps or drops together: heads of a layer, tokens of a chunk, ranks of chunks."""
+    def together(self, expr: Expr | None) -> fx.Node:
+        """The score, made equal where the plan keeps or drops together: heads of a layer, tokens of a chunk, ranks of chunks."""
+        score = self.build(expr)
         if self.plan.shared:
             mean = call(self.graph, aten.mean.dim, score, [1], True)
             score = call(self.graph, aten.expand.default, mean, [-1, self.site.kv_heads, -1])
         if self.plan.chunk:
             valid = self.site.nodes.get("valid")
             score = self.op("chunk_mean", score, valid, self.plan.chunk, self.plan.sinks, self.plan.recent)
-        if self.plan.share:
-            score = self.op("chunk_rank", score, self.site.nodes.get("valid"), self.plan.share, self.plan.sinks, self.plan.recent)
+        if self.plan.per:
+            score = self.op("chunk_rank", score, self.site.nodes.get("valid"), self.plan.per, self.plan.sinks, self.plan.recent)
         return score
 
     def call(self, expr: OpCall) -> fx.Node:

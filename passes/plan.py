@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from torch import Tensor
 
 # What a score may read at a site. `key` carries RoPE, `pre_key` does not; both are the new tokens' own, one row per KV head.
-TAPS = ("query", "key", "value", "pre_key")
+# `output_weight` is the weight of the projection behind attention, [hidden, Hq*Dv].
+TAPS = ("query", "key", "value", "pre_key", "output_weight")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,16 @@ class Combine:
     right: Expr
 
 
-Expr = OpCall | Scalar | ZScore | Combine
+@dataclass(frozen=True)
+class Splice:
+    """Rank by `first` up to a share of what a row keeps, by `then` behind it. Only at the top of a score."""
+
+    first: Expr
+    then: Expr
+    share: Fraction
+
+
+Expr = OpCall | Scalar | ZScore | Combine | Splice
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,7 @@ class Plan:
         recent: last real tokens of a row that are always kept.
         shared: one choice of tokens for all KV heads of a layer, by the mean of their scores.
         chunk: tokens that stay or leave together; 0 means that each stands alone.
-        share: tokens of a chunk that keeps its own share of the budget; 0 means that the whole row competes.
+        per: tokens of a chunk that keeps its own share of the budget; 0 means that the whole row competes.
         sketches: per layer, a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` that replaces the drawn one.
         sketch_digest: sha256 over `sketches`; stands for them in comparisons.
     """
@@ -81,7 +92,7 @@ class Plan:
     sketch_digest: str | None = None
     shared: bool = False
     chunk: int = 0
-    share: int = 0
+    per: int = 0
 
     def calls(self) -> Iterator[OpCall]:
         """The op calls of the score, left to right."""
@@ -93,7 +104,7 @@ class Plan:
                     yield expr
                 case ZScore(of):
                     todo.insert(0, of)
-                case Combine(_, left, right):
+                case Combine(_, left, right) | Splice(left, right):
                     todo[:0] = [left, right]
 
     @property

@@ -21,7 +21,7 @@ def _without_value(module: fx.GraphModule, plan: Plan, report: Report) -> Iterat
 
 def _wrong_type(module: fx.GraphModule, plan: Plan, report: Report) -> Iterator[str]:
     for site in report.sites:
-        for name in ("score",):
+        for name in ("score", "first"):
             node = site.nodes.get(name)
             if node is not None and not node._erased and node.meta["val"].dtype != torch.float32:
                 yield f"{site.name}: {name} is {node.meta['val'].dtype}, expected float32"

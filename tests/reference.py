@@ -20,12 +20,13 @@ from transformers import DynamicCache
 
 @dataclass
 class Taps:
-    """What one layer's attention read: `[B, H, S, D]` each; `pre_key` before RoPE."""
+    """What one layer's attention read, `[B, H, S, D]` each, `pre_key` before RoPE; `output` is the weight behind it."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     pre_key: Tensor
+    output: Tensor
 
 
 @dataclass
@@ -82,8 +83,9 @@ def capture(model, ids: Tensor, mask: Tensor | None = None) -> tuple[list[Taps],
     positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
     with recording(model) as recorder:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    pairs = zip(recorder.layers, recorder.pre_keys, strict=True)
-    return [Taps(query, key, value, pre) for (query, key, value), pre in pairs], logits
+    outputs = [layer.self_attn.o_proj.weight for layer in model.model.layers]
+    read = zip(recorder.layers, recorder.pre_keys, outputs, strict=True)
+    return [Taps(query, key, value, pre, output) for (query, key, value), pre, output in read], logits
 
 
 @torch.no_grad()
@@ -123,10 +125,37 @@ def _chunk_attention(taps: Taps, chunk: int) -> Tensor:
     return score * value.norm(dim=-1)
 
 
-def _pooled(score: Tensor) -> Tensor:
+def snapkv(taps: Taps, window: int = 64, kernel: int = 5, **_: object) -> Tensor:
+    query, key = (tensor[0].double() for tensor in (taps.query, taps.key))
+    length, group = key.shape[1], query.shape[0] // key.shape[0]
+    score = torch.zeros(key.shape[:2], dtype=torch.float64)
+    asking = range(max(0, length - window), length)
+    for head in range(query.shape[0]):
+        for index in asking:
+            logits = key[head // group, : index + 1] @ query[head, index] / key.shape[2] ** 0.5
+            score[head // group, : index + 1] += torch.softmax(logits, 0) / (group * len(asking))
+    return _pooled(score, kernel)
+
+
+def projected(taps: Taps) -> Tensor:
+    value, output = taps.value[0].double(), taps.output.double()
+    group = taps.query.shape[1] // value.shape[0]
+    norms = [(value[h // group] @ part.T).abs().sum(-1) for h, part in enumerate(output.split(value.shape[2], 1))]
+    return torch.stack(norms).unflatten(0, (-1, group)).mean(1)
+
+
+def criticalkv(taps: Taps, count: int, recent: int = 64, **_: object) -> Tensor:
+    first = protected(snapkv(taps), 0, recent)
+    score = (snapkv(taps) + 1e-4) * projected(taps)
+    for head, positions in enumerate(best(first, max(1, count // 2))):
+        score[head, positions] = torch.inf
+    return score
+
+
+def _pooled(score: Tensor, width: int = 3) -> Tensor:
     out = torch.empty_like(score)
     for index in range(score.shape[1]):
-        out[:, index] = score[:, max(0, index - 1) : index + 2].mean(1)
+        out[:, index] = score[:, max(0, index - width // 2) : index + width // 2 + 1].mean(1)
     return out
 
 

@@ -43,6 +43,13 @@ def test_all_lengths_and_keeps_share_two_prefill_graphs_and_two_decode_graphs(mo
     assert sum(counts.values()) == 4
 
 
+def test_two_scores_in_turn_share_their_graphs_between_keeps_too(model):
+    for keep in ("1", "0.5", "0.1"):
+        for length in (1, 2, 70, 300, 700):
+            kvfx.compile(model, f"criticalkv(window=4):{keep}", backend="eager").compress(torch.ones(1, length, dtype=torch.long))
+    assert graphs(model) == {"prefill ('query', 'key', 'value', 'output_weight') whole": 2}
+
+
 def test_padded_batches_of_all_lengths_share_one_prefill_graph_and_one_decode_graph(model):
     compiled = kvfx.compile(model, "knorm:0.5", backend="eager")
     for length in LENGTHS[2:]:

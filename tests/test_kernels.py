@@ -492,7 +492,7 @@ def variants(op, dims: Dims, dtype: torch.dtype = torch.float32, seed: int = 0) 
         found.append(("padded", replaced(plain, names.index("valid"), valid)))
     if "counts" in names:
         counts = torch.randint(0, plain[names.index("count")] + 1, (dims.B,), generator=generator)
-        found.append(("padded", replaced(plain, names.index("counts"), counts)))
+        found.append(("counted", replaced(plain, names.index("counts"), counts)))
     if "padded" in names:
         slots = plain[names.index("slots")]
         slots = slots.masked_fill(torch.arange(slots.shape[-1]) < slots.shape[-1] // 2, -1)
@@ -560,15 +560,15 @@ def test_permuted_heads_give_permuted_answers(op):
     dims = Dims(B=3, Hkv=4, G=2)
     order = torch.tensor([2, 0, 3, 1])
 
-    def permute(x):
-        if not isinstance(x, Tensor) or x.dim() < 3:
+    def permute(x, name=""):
+        if not isinstance(x, Tensor) or (x.dim() < 3 and name != "weight"):
             return x
         axis = 0 if x.shape[0] == dims.Hkv else 1  # sketches have no batch axis
         return x.unflatten(axis, (dims.Hkv, -1)).index_select(axis, order).flatten(axis, axis + 1)
 
     for _, arguments in variants(op, dims):
-        straight = tree_leaves(op.overload(*arguments))
-        for expected, actual in zip(map(permute, straight), tree_leaves(op.overload(*map(permute, arguments))), strict=True):
+        straight, permuted = tree_leaves(op.overload(*arguments)), map(permute, arguments, argument_names(op))
+        for expected, actual in zip(map(permute, straight), tree_leaves(op.overload(*permuted)), strict=True):
             assert_within_rounding(actual, expected, expected.double())
 
 

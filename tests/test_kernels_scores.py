@@ -1,6 +1,8 @@
 """Scores that read attention, keys and places: each against a slow definition and what its formula implies."""
 
 import itertools
+import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import pytest
@@ -353,6 +355,97 @@ def test_chunk_rank_hides_no_score_that_is_not_finite():
     scores = torch.zeros(1, 1, 8)
     scores[0, 0, 2], scores[0, 0, 5] = torch.nan, torch.inf
     assert not kvfx.protect(kvfx.chunk_rank(scores, None, 4, 0, 0), None, 0, 0)[1]
+
+
+# Values behind the output projection, and two scores in turn.
+
+
+def slow_value_projection(value, weight, group, valid, products) -> Tensor:
+    """Of each token and query head, what the head's columns of the weight make of the value."""
+    sums = torch.promote_types(products, torch.float32)
+
+    def row(v):
+        heads, n, width = v.shape
+        score = torch.zeros(heads, n, dtype=sums)
+        for h, g, s in itertools.product(range(heads), range(group), range(n)):
+            columns = weight[:, (h * group + g) * width :][:, :width].to(products)
+            score[h, s] += (columns @ v[h, s].to(products)).to(sums).abs().sum() / group
+        return score
+
+    return rows_alone(row, [value], valid, sums)
+
+
+@given(cases(lengths=(1, 2, 9)), st.sampled_from([1, 5, 24]))
+@many
+def test_value_projection_matches_its_definition_row_by_row(case, hidden):
+    B, H, G, S, D = case.dims
+    (value,) = case.draw((B, H, S, D + 1))
+    weight = torch.randn(H * G * (D + 1), hidden, generator=torch.Generator().manual_seed(case.seed)).to(case.dtype).t()
+    weight = weight if case.strided else weight.contiguous()
+    exact, low = (slow_value_projection(value, weight, G, case.valid(), dtype) for dtype in (torch.float64, case.dtype))
+    assert_within_rounding(kvfx.value_projection(value, weight, case.valid()), low, exact)
+
+
+def test_value_projection_grows_with_the_value_and_is_the_mean_of_its_heads():
+    value, weight, _ = OPS["value_projection"].inputs(Dims(G=3), torch.float32, "cpu", 0)
+    score = kvfx.value_projection(value, weight, None)
+    torch.testing.assert_close(kvfx.value_projection(-2 * value, weight, None), 2 * score)
+    heads = weight.unflatten(1, (2, 3, -1))
+    each = [kvfx.value_projection(value, heads[:, :, g].flatten(1), None) for g in range(3)]
+    torch.testing.assert_close(torch.stack(each).mean(0), score)
+
+
+def slow_splice(first, then, kept: list[int], share: Fraction) -> list[list[set[int]]]:
+    """What each row and head keeps: the best of `first`, then the best of `then` among the others."""
+
+    def head(a, b, count):
+        asked = max(math.floor(share * count), 1) if share and count else 0
+        chosen = sorted(range(len(a)), key=lambda s: (-a[s], s))[:asked]
+        others = sorted(set(range(len(a))) - set(chosen), key=lambda s: (-b[s], s))
+        return set(chosen + others[: count - len(chosen)])
+
+    pairs = zip(first.tolist(), then.tolist(), kept, strict=True)
+    return [[head(a, b, count) for a, b in zip(*row, strict=True)] for *row, count in pairs]
+
+
+SHARES = st.sampled_from([Fraction(0), Fraction(1, 3), Fraction(1, 2), Fraction("0.999999999"), Fraction(1)])
+
+
+@given(cases(), st.data(), st.booleans(), SHARES, st.integers(0, 3), st.integers(0, 3))
+@many
+def test_splice_keeps_the_share_of_one_score_and_the_rest_of_the_other(case, data, levels, share, sinks, recent):
+    B, H, _, S, _ = case.dims
+    first, then = case._replace(dtype=torch.float32).draw((B, H, S), (B, H, S))
+    if levels:  # full of ties
+        first, then = first.round(), then.round()
+    valid = case.valid()
+    lengths = [S] * B if valid is None else valid.sum(1).tolist()
+    least = [min(n, max(1, sinks + recent)) for n in lengths]
+    kept = [data.draw(st.integers(low, n)) for low, n in zip(least, lengths, strict=True)]
+    count = max(*kept, 1, data.draw(st.integers(1, S)))  # slots may stay empty in every row
+    counts = torch.tensor(kept)
+    if valid is None and data.draw(st.booleans()):
+        kept, counts = [max(kept)] * B, None
+        count = kept[0]
+    a, b = (kvfx.protect(score, valid, sinks, recent)[0] for score in (first, then))
+    scores = kvfx.splice(a, b, count, counts, *share.as_integer_ratio())
+    slots = kvfx.select(scores, count, counts)
+    for row, heads in enumerate(slow_splice(a, b, kept, share)):
+        for head, expected in enumerate(heads):
+            chosen = [slot for slot in slots[row, head].tolist() if slot >= 0]
+            assert len(chosen) == kept[row]
+            assert set(chosen) == expected
+    alone = {Fraction(0): b, Fraction(1): a}.get(share)
+    if alone is not None:
+        assert torch.equal(slots, kvfx.select(alone, count, counts))
+
+
+def test_a_large_count_is_shared_without_rounding():
+    share = Fraction(999_999_999, 10**9)
+    first, then = torch.arange(3000.0).expand(1, 1, -1), -torch.arange(3000.0).expand(1, 1, -1)
+    marked = kvfx.splice(first, then, 2500, None, *share.as_integer_ratio()).isinf().sum()
+    assert marked == 2499
+    assert kvfx.splice(first, then, 2500, torch.tensor([1]), *share.as_integer_ratio()).isinf().sum() == 1
 
 
 # The hook library's window, which knows no padding.

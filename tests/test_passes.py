@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from graphs import readable, traced_step
 from kvfx.lower import lower as plan_of
-from kvfx.passes import PIPELINE, run
+from kvfx.passes import PIPELINE, capture, run
 from kvfx.passes.attach_cache import attach_cache
 from kvfx.passes.find_attention import find_attention
 from kvfx.passes.graph import aten, is_call, sort_topologically, val
@@ -277,6 +277,14 @@ def test_a_score_over_all_queries_takes_the_log_sum_exp_of_the_attention(padded)
     # In each of two layers. Under a mask the attention keeps its own spelling, and the score asks twice.
     assert calls.count(aten._scaled_dot_product_flash_attention_for_cpu.default) == 4
     assert calls.count(aten.scaled_dot_product_attention.default) == (2 if padded else 0)
+
+
+def test_an_op_that_reads_two_results_of_one_shape_is_traced_with_both():
+    """Layers share traces, so different nodes may hold the same fake."""
+    fake = val(graph_of(lambda a: a + 1, randn(2, 3)).graph.output_node().args[0])
+    first, second = capture.trace(lambda a, b: a - b, fake, fake).graph.find_nodes(op="placeholder")
+    assert first.users == second.users
+    assert len(first.users) == 1
 
 
 def test_a_plan_without_a_score_only_undoes_what_finding_did():

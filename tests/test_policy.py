@@ -1,7 +1,6 @@
 """The policy language: four equal forms, presets, errors, counts, and what a policy is lowered to."""
 
 import re
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfx.algebra import Atom, Combine, Number, ZScore
+from kvfx.algebra import Atom, Combine, Number, Splice, ZScore
 from kvfx.budget import PER, ROW, Budget, Protect
 from kvfx.errors import PolicyError
 from kvfx.lower import lower, sketch_digest
@@ -77,9 +76,11 @@ KEEPS = st.one_of(
 )
 
 
+SHARES = st.one_of(KEEPS, st.just(Fraction(0)))
+
+
 @st.composite
 def policies(draw):
-    score = draw(SCORE)
     kvpress = st.builds(Budget, KEEPS, rounding=st.just("kvpress"))
     pyramids = {"shape": st.builds(Word, st.just("pyramid"), st.integers(1, 99)), "least": st.integers(2, 99)}
     shapes = st.one_of(st.just({}), st.fixed_dictionaries(pyramids))
@@ -87,6 +88,7 @@ def policies(draw):
     kvpress_pyramid = st.builds(Budget, KEEPS, rounding=st.just("kvpress"), **pyramids)
     counted = st.builds(Budget, tokens=st.integers(1, 10**6))
     budget = draw(st.one_of(st.builds(Budget, KEEPS), counted, shaped, kvpress, kvpress_pyramid))
+    score = draw(st.one_of(SCORE, st.builds(Splice, SCORE, SCORE, SHARES)) if budget.per == ROW else SCORE)
     ends = st.integers(0, 2**20 if budget.tokens is None else budget.tokens // 2)
     protect = draw(st.builds(Protect, ends, ends)) if budget.rounding == "floor" else Protect()
     together = {
@@ -159,6 +161,12 @@ def test_every_number_of_a_preset_has_a_source(name):
         ("snapkv(window=32) | protect(recent=8)", None),
         ("chunkkv(chunk=10) | align=perhead", None),
         ("keydiff | align=shared", "(keydiff) | align=shared | budget=uniform(0.5)"),
+        ("criticalkv(share=0.25, window=32):0.3", "criticalkv(share=0.25, window=32):0.3"),
+        ("splice(knorm, keydiff, 50%) | budget=uniform(0.5)", "splice(knorm, keydiff, 0.5) | budget=uniform(0.5)"),
+        (
+            "splice(then=random, first=-knorm, share=1/3) | budget=uniform(0.5)",
+            "splice(-knorm, random(seed=0), 1/3) | budget=uniform(0.5)",
+        ),
         ("leverage | budget=uniform(0.5)", "leverage(48, rope=pre, per=chunk(512), seed=0) | budget=uniform(0.5)"),
     ],
 )
@@ -246,11 +254,25 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
         ("-knorm | budget=uniform(0.5, min=9)", "min=9 is the least of a pyramid's layers"),
         ("-knorm | budget=uniform(0.5, per=chunk(9), round=kvpress)", "counts over the whole row, not per="),
         ("-knorm | budget=uniform(0.5, shape=pyramid(9), round=kvpress)", "needs min, the window of its SnapKV"),
+        ("splice(-knorm, recency, 0.5) | budget=uniform(0.5, per=chunk(9))", "splice ranks the whole row"),
         ("-knorm | unit=chunk(5) | budget=uniform(0.5, per=chunk(9))", "per=chunk\\(9\\) would cut units apart"),
         ("-knorm:0.5", "follows the name of a preset"),
         ("none | budget=uniform(0.5)", "keeps everything"),
         ("3 | budget=uniform(0.5)", "the same for every token"),
         ("knorm + zscore(3) | budget=uniform(0.5)", "standardises a constant"),
+        ("1 + splice(knorm, random, 0.5) | budget=uniform(0.5)", "splice stands inside a score"),
+        ("-splice(knorm, random, 0.5) | budget=uniform(0.5)", "splice stands inside a score"),
+        ("zscore(splice(knorm, random, 0.5)) | budget=uniform(0.5)", "splice stands inside a score"),
+        ("splice(splice(knorm, random, 0.5), random, 0.5) | budget=uniform(0.5)", "splice stands inside a score"),
+        ("splice(knorm, random) | budget=uniform(0.5)", r"splice lacks share: expected splice\(first, then, share\)"),
+        ("splice(knorm, random, 0.5, 1) | budget=uniform(0.5)", "splice takes 3 arguments at most: first, then, share"),
+        ("splice(knorm, random, 1.5) | budget=uniform(0.5)", r"share=1.5 is outside \[0, 1\]"),
+        ("splice(knorm, random, -0.5) | budget=uniform(0.5)", r"share=-0.5 is outside \[0, 1\]"),
+        ("splice(knorm, random, 0.12345678912) | budget=uniform(0.5)", "share=.* is too fine"),
+        ("splice(knorm, random, half) | budget=uniform(0.5)", r"share.* is not a fraction: expected a number in \[0, 1\]"),
+        ("splice(knorm, 3, 0.5) | budget=uniform(0.5)", "the same for every token"),
+        ("splice(knorm, zscore(3), 0.5) | budget=uniform(0.5)", "standardises a constant"),
+        ("splice(knorm, none, 0.5) | budget=uniform(0.5)", "unknown score 'none'"),
         ("compactor | budget=heads(0.3)", "'budget=heads' is planned but not built yet"),
         ("compactor | pos=rerotate", "'pos=rerotate' is planned but not built yet.*Built: pos=keep"),
         ("compactor | composite", "'align=composite' is planned but not built yet.*Built: align=perhead or shared"),
@@ -307,6 +329,15 @@ def test_a_syntax_error_points_at_its_place(text, caret, expected):
         {"score": {"knorm": {}}, "budget": {"uniform": {"keep": "half"}}},
         {"score": {"leverage": {"size": True}}, "budget": {"uniform": {"keep": 0.5}}},
         {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "protect": {"sinks": 1.5}},
+        {"score": {"splice": {"first": {"knorm": {}}, "then": {"random": {}}}}, "budget": {"uniform": {"keep": 0.5}}},
+        {
+            "score": {"splice": {"first": {"knorm": {}}, "then": {"random": {}}, "share": "half"}},
+            "budget": {"uniform": {"keep": 1}},
+        },
+        {
+            "score": {"splice": {"first": {"knorm": {}}, "then": {"random": {}}, "share": 1, "at": 1}},
+            "budget": {"uniform": {"keep": 1}},
+        },
         {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "unit": 20},
         {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "unit": {"chunk": "many"}},
         {"score": {"knorm": {}}, "budget": {"uniform": {"keep": 0.5}}, "align": ["shared"]},
@@ -368,7 +399,8 @@ def test_with_keep_changes_only_the_keep():
 
 def test_only_kvpress_couples_the_rows_of_a_batch():
     coupled = [name for name in PRESETS if Policy.parse(name).batch_coupled]
-    assert coupled == ["compactor@kvpress", "snapkv@kvpress", "pyramidkv@kvpress", "tova@kvpress", "chunkkv@kvpress"]
+    kvpress = ["compactor", "snapkv", "pyramidkv", "tova", "chunkkv", "criticalkv"]
+    assert coupled == [f"{name}@kvpress" for name in kvpress]
 
 
 ATTENTION = OpCall("chunk_attention", ("query", "key", "value"), None, (("chunk", 256), ("scale", 1.0), ("pool", 3)))
@@ -389,7 +421,13 @@ TOVA = (("window", 1), ("reduce", "mean"), ("heads", "layer"), ("pool", 1), ("po
 
 def kvpress_window(window, kernel, layer):
     options = (("window", window), ("kernel", kernel), ("layer", layer))
-    return Plan(OpCall("kvpress_window_attention", ("query", "key"), None, options))
+    return OpCall("kvpress_window_attention", ("query", "key"), None, options)
+
+
+def critical(score):
+    projected = OpCall("value_projection", ("value", "output_weight"))
+    then = plan.Combine("mul", plan.Combine("add", score, Scalar(0.0001)), projected)
+    return plan.Splice(score, then, Fraction(1, 2))
 
 
 PLANS = {
@@ -399,21 +437,23 @@ PLANS = {
     "compactor@kvpress": Plan(KVPRESS),
     "knorm@kvpress": Plan(KEY_NORM),
     "keydiff@kvpress": Plan(OpCall("key_diff", ("key",))),
-    "snapkv@kvpress": kvpress_window(64, 5, False),
-    "tova@kvpress": kvpress_window(1, 1, True),
+    "snapkv@kvpress": Plan(kvpress_window(64, 5, False)),
+    "tova@kvpress": Plan(kvpress_window(1, 1, True)),
+    "criticalkv": Plan(critical(SNAPKV), recent=64),
+    "criticalkv@kvpress": Plan(critical(kvpress_window(64, 5, False))),
     "streaming_llm": Plan(OpCall("position", ("key",), None, (("sinks", 0),)), sinks=4),
     "streaming_llm@kvpress": Plan(OpCall("position", ("key",), None, (("sinks", 4),))),
     "keydiff": Plan(OpCall("key_diff", ("key",))),
     "snapkv": Plan(SNAPKV, recent=64),
     "pyramidkv": Plan(SNAPKV, recent=64),
-    "pyramidkv@kvpress": kvpress_window(64, 5, False),
+    "pyramidkv@kvpress": Plan(kvpress_window(64, 5, False)),
     "tova": Plan(OpCall("window_attention", ("query", "key"), None, TOVA), recent=1),
     "h2o_prefill": Plan(attention_call("column_attention", ("reduce", "count"))),
     "h2o_prefill@kvpress": Plan(attention_call("column_attention", ("reduce", "count"))),
     "lagkv": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4))), sinks=4),
     "lagkv@kvpress": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4)))),
     "chunkkv": Plan(SNAPKV, recent=64, shared=True, chunk=20),
-    "chunkkv@kvpress": replace(kvpress_window(64, 5, False), shared=True, chunk=20),
+    "chunkkv@kvpress": Plan(kvpress_window(64, 5, False), shared=True, chunk=20),
     "random": Plan(OpCall("random", ("key",), None, (("seed", 0),))),
 }
 
