@@ -10,9 +10,11 @@ from . import (
     chunk_mean,
     column_attention,
     compact,
+    expected_attention,
     key_diff,
     key_norm,
     kvpress_compactor,
+    kvpress_expected_attention,
     kvpress_window_attention,
     lag,
     leverage,
@@ -32,6 +34,7 @@ OPS: dict[str, KernelOp] = {
     "chunk_attention": chunk_attention.OP,
     "window_attention": window_attention.OP,
     "column_attention": column_attention.OP,
+    "expected_attention": expected_attention.OP,
     "leverage": leverage.OP,
     "key_diff": key_diff.OP,
     "redundancy": redundancy.OP,
@@ -44,6 +47,7 @@ OPS: dict[str, KernelOp] = {
     "select": select.OP,
     "compact": compact.OP,
     "kvpress_compactor": kvpress_compactor.OP,
+    "kvpress_expected_attention": kvpress_expected_attention.OP,
     "kvpress_window_attention": kvpress_window_attention.OP,
 }
 
