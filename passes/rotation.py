@@ -21,6 +21,7 @@ from kvfx.passes.graph import VIEWS, aten, call, inputs, is_call, val
 from kvfx.passes.pre_rope import PIECES, Rope, rope_of
 from kvfx.passes.report import Refuse
 
+SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
 CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
 WHERES = frozenset({aten.where.self, aten.where.ScalarOther})
 LOOKUPS = frozenset({aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default})
@@ -117,12 +118,15 @@ def _token_axis(factor: fx.Node, held: frozenset[fx.Node], length: str) -> int:
     _check_sizes(nodes, length)
     for node in nodes:
         value = val(node)
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, SIZES):
             continue
         depends = any(source in axes for source in node.all_input_nodes)
         if depends and is_call(node, *LOOKUPS):
             raise Refuse(f"RoPE looks its factors up (`{node.name}`) in a table that may not reach the positions that follow", node)
-        along = [axis for axis, size in enumerate(value.shape) if str(size) == length] if isinstance(value, Tensor) else [-1]
+        if not isinstance(value, Tensor):  # several tensors, which are taken apart next
+            axes |= dict.fromkeys([node] * depends, -1)
+            continue
+        along = [axis for axis, size in enumerate(value.shape) if str(size) == length]
         if not depends and (along or _is_index(node)):
             raise Refuse(f"RoPE reads `{node.name}`, which is not the positions that the cache stores", node)
         if depends and len(along) != 1:
@@ -160,7 +164,7 @@ def _check_sizes(nodes: Iterable[fx.Node], length: str) -> None:
     """Refuse sizes that are computed from the number of tokens; the number itself can be replaced."""
     for node in nodes:
         size = val(node)
-        if isinstance(size, torch.SymInt) and str(size) != length and length in re.findall(r"\w+", str(size)):
+        if isinstance(size, SIZES) and str(size) != length and length in re.findall(r"\w+", str(size)):
             raise Refuse(f"RoPE reads the size `{node.name}` = {size}, computed from the number of tokens", node)
 
 
@@ -171,7 +175,7 @@ def _between(node: fx.Node, ends: Iterable[fx.Node]) -> list[fx.Node]:
     def visit(node: fx.Node) -> None:
         if node in ends or node in found:
             return
-        for source in () if isinstance(val(node), torch.SymInt) else node.all_input_nodes:
+        for source in () if isinstance(val(node), SIZES) else node.all_input_nodes:
             visit(source)
         found[node] = None
 
@@ -192,11 +196,11 @@ def _copy(node: fx.Node, made: dict[fx.Node, Any], length: str, tokens: int, ski
     for old in _between(node, made):
         value = val(old)
         changed = any(made.get(source, source) is not source for source in old.all_input_nodes)
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, SIZES):
             made[old] = tokens if str(value) == length else old
         elif changed and old.target in skip:
             made[old] = made[inputs(old)[0]]
-        elif changed:
+        elif changed and callable(old.target):
             args, kwargs = fx.map_arg((old.args, old.kwargs), lambda arg: made.get(arg, arg))
             made[old] = call(node.graph, old.target, *args, **kwargs)
         else:

@@ -11,6 +11,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kvfx
 import reference
@@ -311,9 +312,18 @@ def rotation_of(module: fx.GraphModule, future: int = 3) -> fx.Node | None:
     return FutureRotation(future).of(module.graph.output_node().args[0], positions, before=module.graph.output_node())
 
 
+def turned_by_parts(x: Tensor, positions: Tensor, spelling: str) -> Tensor:
+    """With frequencies, and then cosines and sines, taken out of joint tensors."""
+    low, high = torch.arange(1, 5, device=x.device).div(10).split(2)
+    angle = positions[:, None, :, None] * torch.cat([low, high])
+    cos, sin = torch.stack([angle.cos(), angle.sin()]).unbind(0)
+    return rotate(x, cos, sin, spelling)
+
+
+@pytest.mark.parametrize("turn", [turned, turned_by_parts])
 @pytest.mark.parametrize("spelling", ["halves", "pairs", "part of the head"])
-def test_the_rotation_is_read_from_every_spelling(spelling):
-    module = query_of(lambda x, positions, _: 0.5 * turned(x, positions // 2, spelling))
+def test_the_rotation_is_read_from_every_spelling(spelling, turn):
+    module = query_of(lambda x, positions, _: 0.5 * turn(x, positions // 2, spelling))
     module.graph.output_node().args = (rotation_of(module),)
     module.recompile()
     positions = torch.tensor([[-1, -1, 0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10, 11]])
@@ -357,6 +367,10 @@ NEAR_MISSES = {
         lambda x, p, _: turned(x, p.repeat_interleave(2, 1).view(p.shape[0], -1, 2)[..., 0]),
         "does not have one axis of tokens",
     ),
+    "a computed size": (
+        lambda x, p, _: turned(x, p).reshape(*x.shape[:2], 2 * x.shape[2], 4).reshape(x.shape),
+        r"RoPE reads the size `\w+` = 2\*s\d+, computed from the number of tokens",
+    ),
 }
 
 
@@ -368,6 +382,21 @@ def test_what_is_not_understood_is_refused_with_its_reason_and_nothing_is_change
     with pytest.raises(Refuse, match=reason):
         rotation_of(module)
     assert readable(module) == before
+
+
+def test_a_graph_of_one_length_is_refused_but_for_one_token_which_stays_whatever_its_score():
+    for tokens in (7, 1):
+        shape = (2, 2, tokens, 8)
+        positions = torch.arange(tokens)[None].repeat(2, 1)
+        module = make_fx(lambda ids, weight, p: turned(F.embedding(ids, weight), p), pre_dispatch=True)(
+            torch.ones(shape[:3], dtype=torch.long), randn(9, 8), positions
+        )
+        query, placeholders = module.graph.output_node().args[0], module.graph.find_nodes(op="placeholder")
+        if tokens == 1:
+            assert FutureRotation(3).of(query, placeholders[2], module.graph.output_node()) is None
+        else:
+            with pytest.raises(Refuse, match="the graph is for 7 tokens alone, which hides where RoPE depends on their number"):
+                FutureRotation(3).of(query, placeholders[2], module.graph.output_node())
 
 
 # -- in the graph of a model -------------------------------------------------------------------------------------------------------
