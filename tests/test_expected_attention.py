@@ -333,6 +333,17 @@ def test_the_rotation_is_read_from_every_spelling(spelling, turn):
     torch.testing.assert_close(ours, (sum(steps) / 6).expand(2, 2, 8, 8))
 
 
+def test_the_rotation_is_not_rounded_where_rope_rounds_its_result():
+    module = query_of(lambda x, positions, _: turned(x, positions).bfloat16())
+    module.graph.output_node().args = (rotation_of(module),)
+    module.recompile()
+    positions = torch.arange(7)[None].repeat(2, 1)
+    ours = module(torch.ones(2, 7, dtype=torch.long), randn(9, 16), randn(16, 16), positions, positions)
+    exact, low = (sum(turned(torch.eye(8, dtype=d)[None, None], torch.full((1, 8), 7 + step)) for step in range(3)) / 3
+                  for d in (torch.float64, torch.float32))  # fmt: skip
+    assert_within_rounding(ours, low.expand(2, 2, 8, 8), exact.expand(2, 2, 8, 8))
+
+
 def looked_up(x: Tensor, positions: Tensor, _: Tensor) -> Tensor:
     table = (torch.arange(64)[:, None] * torch.arange(1, 5)).to(x.dtype)
     return rotate(x, table.cos()[positions][:, None], table.sin()[positions][:, None], "halves")
