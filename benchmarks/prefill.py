@@ -59,7 +59,11 @@ def added_flops(model: LlamaForCausalLM, policy: str, length: int) -> float:
     """Of scoring, by the formulas of the ops."""
     config = model.config
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    per_token = {"knorm": 2 * kv_heads * dim, "compactor": 2 * heads * dim * 256 + kv_heads * (2 * dim * 48 + 3 * 48 * 48)}
+    per_token = {
+        "knorm": 2 * kv_heads * dim,
+        "compactor": 2 * heads * dim * 256 + kv_heads * (2 * dim * 48 + 3 * 48 * 48),
+        "expected_attention": 4 * heads * dim * dim,
+    }
     return float(per_token.get(policy, 0) * length * config.num_hidden_layers)
 
 

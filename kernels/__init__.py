@@ -12,9 +12,11 @@ from . import (
     chunk_rank,
     column_attention,
     compact,
+    expected_attention,
     key_diff,
     key_norm,
     kvpress_compactor,
+    kvpress_expected_attention,
     kvpress_window_attention,
     lag,
     leverage,
@@ -37,6 +39,7 @@ OPS: dict[str, KernelOp] = {
     "chunk_attention": chunk_attention.OP,
     "window_attention": window_attention.OP,
     "column_attention": column_attention.OP,
+    "expected_attention": expected_attention.OP,
     "leverage": leverage.OP,
     "key_diff": key_diff.OP,
     "redundancy": redundancy.OP,
@@ -52,6 +55,7 @@ OPS: dict[str, KernelOp] = {
     "select": select.OP,
     "compact": compact.OP,
     "kvpress_compactor": kvpress_compactor.OP,
+    "kvpress_expected_attention": kvpress_expected_attention.OP,
     "kvpress_window_attention": kvpress_window_attention.OP,
 }
 

@@ -6,7 +6,7 @@ A new score is one row in `SCORES` and one op in `kvfx.kernels`. Parser, checks,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -131,6 +131,16 @@ def _kvpress_window_attention(args: Args, keep: Fraction | None) -> OpCall:
     return OpCall("kvpress_window_attention", ("query", "key"), options=options)
 
 
+def _expected(args: Args, keep: Fraction | None) -> OpCall:
+    options = (("sinks", args["sinks"]), ("covariance", args["cov"] == Word("full")), ("epsilon", float(args["eps"])))
+    taps = ("pre_query", "key", "rotation", *["value"] * (args["v"] == Word("norm")))
+    return OpCall("expected_attention", taps, options=options, future=args["future"])
+
+
+def _kvpress_expected(args: Args, keep: Fraction | None) -> OpCall:
+    return replace(_expected(args, keep), op="kvpress_expected_attention")
+
+
 def _kvpress_compactor(args: Args, keep: Fraction | None) -> OpCall:
     blend = args["blend"]
     if blend == Word("removed"):
@@ -147,6 +157,13 @@ def _kvpress_compactor(args: Args, keep: Fraction | None) -> OpCall:
 
 SIZE = Param("size", 48, Int(1), bare=True)
 SEED = Param("seed", 0, Int())
+EXPECTED = (
+    Param("future", 512, Int(1), bare=True),
+    Param("sinks", 4, Int()),
+    Param("cov", Word("full"), words("full none")),
+    Param("v", Word("norm"), words("norm none")),
+    Param("eps", 0, Real()),
+)
 
 SCORES: dict[str, ScoreRow] = {
     "knorm": ScoreRow(
@@ -178,6 +195,16 @@ SCORES: dict[str, ScoreRow] = {
             "win: SnapKV, arXiv:2404.14469. last: TOVA, arXiv:2401.06104. all: H2O, arXiv:2306.14048"
         ),
         cost="multiply-adds per query head: 2 D chunk; D win; D S for all, one attention more, two under padding",
+    ),
+    "expected": ScoreRow(
+        summary=(
+            "attention that the next `future` queries are expected to pay, if they are normal with the mean and "
+            "covariance (`cov`) of the row's queries behind its first `sinks`; plus `eps`, weighted by `v`. Sinks score 0"
+        ),
+        params=EXPECTED,
+        lower=_expected,
+        source="Expected Attention, arXiv:2510.00636; kvpress ExpectedAttentionPress",
+        cost="2 D^2 multiply-adds per query head",
     ),
     "leverage": ScoreRow(
         summary="statistical leverage of the sketched key: how far it sticks out of its chunk",
@@ -247,6 +274,18 @@ SCORES: dict[str, ScoreRow] = {
         cost="D window multiply-adds per query head",
         batch_coupled=(
             "kvpress does not look at padding, and its window is the last slots: give it one row, without padding. "
+            "Its float arithmetic on the length cannot be exported."
+        ),
+    ),
+    "kvpress_expected": ScoreRow(
+        summary="kvpress's ExpectedAttentionPress bug for bug; its sinks win",
+        params=EXPECTED,
+        lower=_kvpress_expected,
+        source="kvpress 0.5.5, ExpectedAttentionPress",
+        least=lambda args: args["sinks"] + 1,
+        cost="2 D^2 multiply-adds per query head",
+        batch_coupled=(
+            "kvpress does not look at padding, and its sinks are the first slots: give it one row, without padding. "
             "Its float arithmetic on the length cannot be exported."
         ),
     ),

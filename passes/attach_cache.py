@@ -8,17 +8,19 @@ from kvfx.passes.cache_write import WRITE
 from kvfx.passes.graph import aten, inputs, is_call
 from kvfx.passes.output_weight import output_weight
 from kvfx.passes.plan import Plan
-from kvfx.passes.pre_rope import pre_rope_key
+from kvfx.passes.pre_rope import before_rope
 from kvfx.passes.report import Refusal, Refuse, Report, Site
+from kvfx.passes.rotation import FutureRotation
 
 
 def attach_cache(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Fill in each site's cache spelling and layer; where it evicts, its `cache_write` and the taps of the plan."""
+    rotations = [FutureRotation(future) for future in plan.futures]
     for site in report.sites:
         try:
             _attach(site)
             if "write" in site.nodes:
-                _tap(site, plan)
+                _tap(site, plan, rotations)
         except Refuse as refuse:
             site.refusal = refuse.reason
     taken = {site.nodes["write"] for site in report.sites if "write" in site.nodes}
@@ -60,10 +62,16 @@ def _halves(cat: fx.Node) -> tuple[fx.Node, fx.Node]:
     return tensors[0], tensors[1]
 
 
-def _tap(site: Site, plan: Plan) -> None:
+def _tap(site: Site, plan: Plan, rotations: list[FutureRotation]) -> None:
     """Record the tensors that the plan's score reads here."""
-    if "pre_key" in plan.taps:
-        site.nodes["pre_key"] = pre_rope_key(site.nodes["key"])
+    nodes = site.nodes
+    for tap, roped in (("pre_query", "query"), ("pre_key", "key")):
+        if tap in plan.taps:
+            nodes[tap] = before_rope(nodes[roped])
     if "output_weight" in plan.taps:
-        site.nodes["output_weight"] = output_weight(site.nodes["attention"])
+        nodes["output_weight"] = output_weight(nodes["attention"])
+    for rotation in rotations:
+        made = rotation.of(nodes["query"], inputs(nodes["write"])[2], before=nodes["attention"])
+        if made is not None:
+            nodes[f"rotation_{rotation.future}"] = made
     site.taps = plan.taps

@@ -97,7 +97,8 @@ class _Builder:
         if expr.sketch is not None:
             given["sketch"] = self.sketch(expr.sketch)
         names = [argument.name for argument in schema.arguments]
-        given |= dict(zip(names, (self.site.nodes[tap] for tap in expr.taps), strict=False))
+        tensors = self.site.nodes | {"rotation": self.site.nodes.get(f"rotation_{expr.future}")}
+        given |= dict(zip(names, (tensors[tap] for tap in expr.taps), strict=False))
         return self.op(expr.op, *(given.get(name) for name in names))
 
     def log_sum_exp(self) -> fx.Node | None:

@@ -12,9 +12,11 @@ from fractions import Fraction
 
 from torch import Tensor
 
-# What a score may read at a site. `key` carries RoPE, `pre_key` does not; both are the new tokens' own, one row per KV head.
+# What a score may read at a site. `query` and `key` carry RoPE, `pre_query` and `pre_key` do not; all are the new tokens' own, keys
+# and values with one row per KV head. `rotation` is what RoPE will do, on average, to the queries that follow: [B, Hq, D, D],
+# float32, from the right onto row vectors; None in a model without RoPE, and for a prompt of one token, which stays in any case.
 # `output_weight` is the weight of the projection behind attention, [hidden, Hq*Dv].
-TAPS = ("query", "key", "value", "pre_key", "output_weight")
+TAPS = ("query", "key", "value", "pre_query", "pre_key", "rotation", "output_weight")
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,16 @@ class Sketch:
 
 @dataclass(frozen=True)
 class OpCall:
-    """A kernel op on tensors of the site, in the op's own argument order, then `Sketch` constants, then keyword constants."""
+    """A kernel op on tensors of the site, in the op's own argument order, then `Sketch` constants, then keyword constants.
+
+    Where `rotation` is among the tensors, it is averaged over `future` positions behind the prompt.
+    """
 
     op: str
     taps: tuple[str, ...]
     sketch: Sketch | None = None
     options: tuple[tuple[str, int | float | bool | str], ...] = ()
+    future: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,3 +118,8 @@ class Plan:
         """The site tensors that the score reads, each once, in the order of `TAPS`."""
         used = {tap for call in self.calls() for tap in call.taps}
         return tuple(tap for tap in TAPS if tap in used)
+
+    @property
+    def futures(self) -> tuple[int, ...]:
+        """Over how many positions the score wants `rotation` averaged, each number once."""
+        return tuple(dict.fromkeys(call.future for call in self.calls() if "rotation" in call.taps))

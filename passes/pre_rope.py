@@ -1,11 +1,13 @@
-"""Recover the key before RoPE by dataflow, not by template.
+"""Recover the query or key before RoPE by dataflow, not by template.
 
-RoPE multiplies token data by something that depends on the position alone. Walking up from the roped key, everything that still
-descends from such a product is roped; the unroped token data that enter there are the key before RoPE, whole or in pieces (halves,
-pairs, a rotated part beside a passed-through one). The pieces of one tensor lead back to it through views.
+RoPE multiplies token data by something that depends on the position alone. Walking up from the roped tensor, everything that still
+descends from such a product is roped; the unroped token data that enter there are the tensor before RoPE, whole or in pieces
+(halves, pairs, a rotated part beside a passed-through one). The pieces of one tensor lead back to it through views.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
@@ -16,21 +18,50 @@ MULTIPLY = (aten.mul.Tensor, aten.einsum.default, aten.view_as_complex.default)
 PIECES = VIEWS | {aten.neg.default, aten.cat.default, aten.stack.default, aten.copy.default}
 
 
-def pre_rope_key(key: fx.Node) -> fx.Node:
-    """The node that holds `key` before RoPE, with the same shape; `key` itself in a model without RoPE.
+@dataclass(frozen=True)
+class Rope:
+    """What RoPE does to one query or key.
+
+    Attributes:
+        before: the tensor before RoPE, of the same shape.
+        inside: the nodes that lead from its pieces to the roped tensor, that last, in graph order.
+        entries: the pieces that they read.
+        factors: what they read that depends on positions alone.
+    """
+
+    before: fx.Node
+    inside: tuple[fx.Node, ...]
+    entries: frozenset[fx.Node]
+    factors: frozenset[fx.Node]
+
+
+def before_rope(tensor: fx.Node) -> fx.Node:
+    """The node that holds the query or key `tensor` before RoPE, with the same shape; `tensor` itself in a model without RoPE.
 
     Raises:
-        Refuse: the pieces that RoPE reads do not lead back to one tensor of the key's shape.
+        Refuse: see `rope_of`.
     """
-    ancestors = slice_of([key])
-    token = _token_data(key.graph, ancestors)
-    position = _position_data(key.graph, ancestors - token)
-    roped = _roped(key.graph, ancestors & token, position)
-    if key not in roped:
-        return key
-    inside = _down_to(key, roped)
-    entries = {source for node in inside for source in node.all_input_nodes if source in token and source not in roped}
-    return _whole(entries, key)
+    rope = rope_of(tensor)
+    return rope.before if rope is not None else tensor
+
+
+def rope_of(tensor: fx.Node) -> Rope | None:
+    """The RoPE of the query or key `tensor`; None in a model without RoPE.
+
+    Raises:
+        Refuse: the pieces that RoPE reads do not lead back to one tensor of the same shape.
+    """
+    ancestors = slice_of([tensor])
+    token = _token_data(tensor.graph, ancestors)
+    position = _position_data(tensor.graph, ancestors - token)
+    roped = _roped(tensor.graph, ancestors & token, position)
+    if tensor not in roped:
+        return None
+    inside = _down_to(tensor, roped)
+    read = {source for node in inside for source in node.all_input_nodes}
+    entries = frozenset((read & token) - roped)
+    ordered = tuple(node for node in tensor.graph.nodes if node in inside)
+    return Rope(_whole(entries, tensor), ordered, entries, frozenset(read & position))
 
 
 def _token_data(graph: fx.Graph, ancestors: set[fx.Node]) -> set[fx.Node]:
@@ -78,9 +109,9 @@ def _projects(node: fx.Node) -> bool:
     )  # fmt: skip
 
 
-def _down_to(key: fx.Node, roped: set[fx.Node]) -> set[fx.Node]:
+def _down_to(tensor: fx.Node, roped: set[fx.Node]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
-    todo = [key]
+    todo = [tensor]
     while todo:
         node = todo.pop()
         if node in roped and node not in seen:
@@ -89,15 +120,16 @@ def _down_to(key: fx.Node, roped: set[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _whole(entries: set[fx.Node], key: fx.Node) -> fx.Node:
-    """The nearest tensor of the key's shape that all entries are pieces of."""
-    shape = _shape(key)
+def _whole(entries: frozenset[fx.Node], tensor: fx.Node) -> fx.Node:
+    """The nearest tensor of the roped one's shape that all entries are pieces of."""
+    shape = _shape(tensor)
     chains = [_chain(entry) for entry in sorted(entries, key=lambda node: node.name)]
     for candidate in chains[0] if chains else ():
         if _shape(candidate) == shape and all(candidate in chain for chain in chains):
             return candidate
     names = ", ".join(f"`{chain[0].name}`" for chain in chains)
-    raise Refuse(f"the key before RoPE was not found: {names or 'nothing'} does not lead back to one tensor of shape {shape}", key)
+    reason = f"{names or 'nothing'} does not lead back to one tensor of shape {shape}"
+    raise Refuse(f"`{tensor.name}` before RoPE was not found: {reason}", tensor)
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:

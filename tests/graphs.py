@@ -40,6 +40,17 @@ def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | Non
     return caught[0]
 
 
+def computed(module: fx.GraphModule, nodes: list[fx.Node], **inputs: object) -> tuple[Tensor, ...]:
+    """What `nodes` hold when the step behind the graph is given `inputs`: model, tokens, seen and valid, by the names in `step`."""
+    output = module.graph.output_node()
+    output.args = (tuple(nodes),)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    places = module.graph.find_nodes(op="placeholder")
+    # A placeholder's source is how Dynamo reads it from the step's arguments: L['model']...
+    return module(*(eval(place.meta["source"], {"L": inputs}) if place.users else None for place in places))
+
+
 def readable(module: fx.GraphModule) -> str:
     """One line per node: name, what is called, on what."""
     lines = []

@@ -20,11 +20,12 @@ from transformers import DynamicCache
 
 @dataclass
 class Taps:
-    """What one layer's attention read, `[B, H, S, D]` each, `pre_key` before RoPE; `output` is the weight behind it."""
+    """What one layer's attention read, `[B, H, S, D]` each, `pre_*` before RoPE; `output` is the weight behind it."""
 
     query: Tensor
     key: Tensor
     value: Tensor
+    pre_query: Tensor
     pre_key: Tensor
     output: Tensor
 
@@ -34,7 +35,7 @@ class Recorder:
     """Stands in for scaled_dot_product_attention: records what it is given and hides evicted slots."""
 
     layers: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    pre_keys: list[Tensor] = field(default_factory=list)
+    before_rope: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     hidden: list[Tensor] | None = None  # per layer, slots that no query may see, [B, Hkv, T] bool
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
@@ -65,7 +66,7 @@ def recording(model, hidden: list[Tensor] | None = None) -> Iterator[Recorder]:
     rope = module.apply_rotary_pos_emb
 
     def roped(query: Tensor, key: Tensor, *args, **kwargs):
-        recorder.pre_keys.append(key)
+        recorder.before_rope.append((query, key))
         return rope(query, key, *args, **kwargs)
 
     module.apply_rotary_pos_emb = roped
@@ -84,8 +85,19 @@ def capture(model, ids: Tensor, mask: Tensor | None = None) -> tuple[list[Taps],
     with recording(model) as recorder:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     outputs = [layer.self_attn.o_proj.weight for layer in model.model.layers]
-    read = zip(recorder.layers, recorder.pre_keys, outputs, strict=True)
-    return [Taps(query, key, value, pre, output) for (query, key, value), pre, output in read], logits
+    read = zip(recorder.layers, recorder.before_rope, outputs, strict=True)
+    return [Taps(*roped, *before, output) for roped, before, output in read], logits
+
+
+@torch.no_grad()
+def rotation(model, start: int, future: int) -> Tensor:
+    """What RoPE does on average over `future` positions from `start`: a matrix [D, D], float64, from the right onto rows."""
+    rows = torch.eye(model.config.head_dim, dtype=torch.float64)[None, None]
+    factors = model.model.rotary_emb(torch.empty(0, dtype=model.dtype), torch.arange(start, start + future)[None])
+    mean = torch.zeros_like(rows)
+    for cos, sin in zip(*(factor[0].double() for factor in factors), strict=True):
+        mean += sys.modules[type(model).__module__].apply_rotary_pos_emb(rows, rows, cos[None, None], sin[None, None])[0] / future
+    return mean[0, 0]
 
 
 @torch.no_grad()
@@ -112,6 +124,23 @@ def compactor(taps: Taps, sketch: Tensor, sinks: int = 8, recent: int = 4, blend
     attention = _pooled(_chunk_attention(taps, 256))
     outliers = _leverage(taps.pre_key[0].double(), sketch.double(), 512)
     return _standard(attention, sinks, recent) + blend * _standard(outliers, sinks, recent)
+
+
+def expected_attention(taps: Taps, model, sinks: int = 4, start: int | None = None, **_: object) -> Tensor:
+    """In units of an equal share, so that long rows are compared as closely as short ones."""
+    query, key, value = (tensor[0].double() for tensor in (taps.pre_query, taps.key, taps.value))
+    heads, length, dim = key.shape
+    score = torch.zeros(heads, length, dtype=torch.float64)
+    if length <= sinks:
+        return score
+    turn, scale = rotation(model, start or length, 512), dim**-0.5
+    group = query.shape[0] // heads
+    for head in range(query.shape[0]):
+        seen, keys = query[head, sinks:], key[head // group, sinks:]
+        mean, spread = seen.mean(0) @ turn, turn.T @ torch.cov(seen.T, correction=0).reshape(dim, dim) @ turn
+        logits = torch.stack([scale * mean @ k + scale**2 * (k @ spread @ k) / 2 for k in keys])
+        score[head // group, sinks:] += torch.softmax(logits, 0) * (length - sinks) / group
+    return score * value.norm(dim=-1)
 
 
 def _chunk_attention(taps: Taps, chunk: int) -> Tensor:

@@ -19,7 +19,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-PROTECTED = {"knorm": (0, 0), "compactor": (8, 4), "criticalkv": (0, 64)}
+PROTECTED = {"knorm": (0, 0), "compactor": (8, 4), "expected_attention": (4, 0), "criticalkv": (0, 64)}
 VOCABULARY = 97
 
 
@@ -51,7 +51,7 @@ def cases():
             "group": st.sampled_from([1, 2, 3, 4, 8]),
             "head_dim": st.sampled_from([8, 16, 48, 64, 80, 128]),
             "seed": st.integers(0, 2**16),
-            "policy": st.sampled_from(["knorm", "compactor"]),
+            "policy": st.sampled_from(sorted(PROTECTED)),
             "keep": st.sampled_from(["0.05", "0.1", "0.3", "0.5", "0.9", "1"]),
             "lengths": st.lists(st.integers(1, 300), min_size=1, max_size=3),
             "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
@@ -69,7 +69,7 @@ def padded(lengths: list[int], seed: int) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 def row_taps(taps: reference.Taps, row: int, length: int) -> reference.Taps:
-    read = (getattr(taps, name)[row : row + 1, :, -length:] for name in ("query", "key", "value", "pre_key"))
+    read = [getattr(taps, name)[row : row + 1, :, -length:] for name in ("query", "key", "value", "pre_query", "pre_key")]
     return reference.Taps(*read, taps.output)
 
 
@@ -90,8 +90,8 @@ def check(case: dict) -> None:
         sketch = draw_sketch(0, layer, case["kv_heads"], case["head_dim"], 48)
         for row, length in enumerate(case["lengths"]):
             count = reference.count_kept(length, case["keep"], sinks + recent)
-            score = score_of(row_taps(layer_taps, row, length), sketch=sketch, count=count)
-            exact = score_of(row_taps(exact_taps[layer], row, length), sketch=sketch, count=count)
+            score = score_of(row_taps(layer_taps, row, length), sketch=sketch, count=count, model=model)
+            exact = score_of(row_taps(exact_taps[layer], row, length), sketch=sketch, count=count, model=exact_model)
             # Layer 0 reads the very tensors that the reference reads; deeper ones differ by what rounding did before them.
             noise = 0.0 if layer == 0 else 8 * float((score - exact).abs().max())
             score = reference.protected(score, sinks, recent)
@@ -163,3 +163,9 @@ def test_rows_of_several_chunks_equal_the_reference(lengths):
 def test_two_scores_in_turn_equal_the_reference(family, group, keep, lengths):
     torch._dynamo.reset()
     check({**LONG, "family": family, "group": group, "policy": "criticalkv", "keep": keep, "lengths": lengths})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[600, 90], [5, 4, 1], [1]], ids=str)
+def test_expected_attention_of_long_and_short_rows_equals_the_reference(lengths, dtype):
+    check({**LONG, "policy": "expected_attention", "group": 3, "keep": "0.3", "lengths": lengths, "dtype": dtype})

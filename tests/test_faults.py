@@ -45,8 +45,8 @@ def change_taps(change: Callable) -> Fault:
     def plant(patch: pytest.MonkeyPatch) -> None:
         tap = attach_cache._tap
 
-        def tapped(site, plan):
-            tap(site, plan)
+        def tapped(site, *rest):
+            tap(site, *rest)
             change(site.nodes)
 
         patch.setattr(attach_cache, "_tap", tapped)
@@ -104,9 +104,26 @@ FAULTS: dict[str, Fault] = {
     "the score reads what is already evicted": evict_before_reading,
 }
 
+# What only a score by expected attention reads.
+EXPECTED = {**CASE, "policy": "expected_attention", "keep": "0.3"}
+EXPECTED_FAULTS: dict[str, Fault] = {
+    "the roped query is tapped as the query before rope": change_taps(lambda nodes: nodes.update(pre_query=nodes["query"])),
+    "later queries are not rotated": change_taps(lambda nodes: nodes.pop("rotation_512")),
+    "later queries are rotated backwards": change_op("expected_attention", lambda f, q, k, r, *rest: f(q, k, r.mT, *rest)),
+    "sinks take part": change_op("expected_attention", lambda f, q, k, r, v, valid, sinks, *rest: f(q, k, r, v, valid, 0, *rest)),
+}
 
-def test_the_check_passes_without_a_fault():
-    check(CASE)
+
+@pytest.mark.parametrize("case", [CASE, EXPECTED], ids=["compactor", "expected attention"])
+def test_the_check_passes_without_a_fault(case):
+    check(case)
+
+
+@pytest.mark.parametrize("fault", EXPECTED_FAULTS)
+def test_a_planted_fault_of_expected_attention_is_caught(fault, monkeypatch):
+    EXPECTED_FAULTS[fault](monkeypatch)
+    with pytest.raises((AssertionError, IndexError)):
+        check(EXPECTED)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

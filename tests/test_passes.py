@@ -21,7 +21,7 @@ from kvfx.passes.find_attention import find_attention
 from kvfx.passes.graph import aten, is_call, sort_topologically, val
 from kvfx.passes.match import Const, OneOf, Op, Through, Var, first
 from kvfx.passes.plan import Plan
-from kvfx.passes.pre_rope import pre_rope_key
+from kvfx.passes.pre_rope import before_rope
 from kvfx.passes.report import Refuse, Report
 from kvfx.passes.verify import verify
 from kvfx.policy import Policy
@@ -234,7 +234,7 @@ def test_the_key_before_rope_is_found_in_every_spelling(spelling):
     ids = torch.ones(2, 5, dtype=torch.long)
     module = graph_of(keys, ids, randn(9, 16), randn(16, 16), torch.arange(5)[None].expand(2, 5).contiguous())
     before, roped = module.graph.output_node().args[0]
-    assert pre_rope_key(roped) is before
+    assert before_rope(roped) is before
 
 
 def test_a_key_without_rope_is_its_own_key_before_rope():
@@ -242,7 +242,7 @@ def test_a_key_without_rope_is_its_own_key_before_rope():
         return F.linear(F.embedding(ids, weight), projection)
 
     module = graph_of(keys, torch.ones(2, 5, dtype=torch.long), randn(9, 16), randn(16, 16))
-    assert pre_rope_key(last(module)) is last(module)
+    assert before_rope(last(module)) is last(module)
 
 
 def test_a_key_whose_parts_come_from_two_tensors_is_refused():
@@ -252,7 +252,7 @@ def test_a_key_whose_parts_come_from_two_tensors_is_refused():
 
     module = graph_of(keys, torch.ones(2, 5, dtype=torch.long), randn(9, 16), torch.arange(5)[None].expand(2, 5).contiguous())
     with pytest.raises(Refuse, match="does not lead back to one tensor"):
-        pre_rope_key(last(module))
+        before_rope(last(module))
 
 
 # -- the whole pipeline ------------------------------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def test_with_keep_changes_only_the_keep():
 
 def test_only_kvpress_couples_the_rows_of_a_batch():
     coupled = [name for name in PRESETS if Policy.parse(name).batch_coupled]
-    kvpress = ["compactor", "snapkv", "pyramidkv", "tova", "chunkkv", "criticalkv"]
+    kvpress = ["compactor", "snapkv", "pyramidkv", "tova", "expected_attention", "chunkkv", "criticalkv"]
     assert coupled == [f"{name}@kvpress" for name in kvpress]
 
 
@@ -417,6 +417,11 @@ def attention_call(op, *options, pool=1):
 
 SNAPKV = attention_call("window_attention", ("window", 64), ("reduce", "mean"), pool=5)
 TOVA = (("window", 1), ("reduce", "mean"), ("heads", "layer"), ("pool", 1), ("pool_kind", "avg"))
+
+
+def expected(op, **protect):
+    options = (("sinks", 4), ("covariance", True), ("epsilon", 0.0))
+    return Plan(OpCall(op, ("pre_query", "key", "rotation", "value"), None, options, future=512), **protect)
 
 
 def kvpress_window(window, kernel, layer):
@@ -450,6 +455,8 @@ PLANS = {
     "tova": Plan(OpCall("window_attention", ("query", "key"), None, TOVA), recent=1),
     "h2o_prefill": Plan(attention_call("column_attention", ("reduce", "count"))),
     "h2o_prefill@kvpress": Plan(attention_call("column_attention", ("reduce", "count"))),
+    "expected_attention": expected("expected_attention", sinks=4),
+    "expected_attention@kvpress": expected("kvpress_expected_attention"),
     "lagkv": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4))), sinks=4),
     "lagkv@kvpress": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4)))),
     "chunkkv": Plan(SNAPKV, recent=64, shared=True, chunk=20),
@@ -481,6 +488,16 @@ def test_presets_are_lowered_to_their_plans(name):
                 ("query", "key", "value"),
                 None,
                 (("window", 9), ("scale", 0.5), ("reduce", "max"), ("heads", "max"), ("pool", 3), ("pool_kind", "max")),
+            ),
+        ),
+        (
+            "expected(64, sinks=0, cov=none, v=none)",
+            OpCall(
+                "expected_attention",
+                ("pre_query", "key", "rotation"),
+                None,
+                (("sinks", 0), ("covariance", False), ("epsilon", 0.0)),
+                future=64,
             ),
         ),
         ("leverage(16, rope=post, per=row, seed=9)", OpCall("leverage", ("key",), Sketch(16, 9), (("chunk", 0),))),
