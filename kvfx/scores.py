@@ -5,57 +5,13 @@ A new score is one row in `SCORES` and one op in `kvfx.kernels`. Parser, checks,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 from kvfx.errors import PolicyError
+from kvfx.kvpress_scores import KVPRESS_SCORES
 from kvfx.params import Int, OneOf, Param, Real, Value, Word, words
 from kvfx.passes.plan import OpCall, Sketch
-
-Args = Mapping[str, Any]  # an atom's values by parameter, each checked by its Param
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """A score atom.
-
-    Attributes:
-        summary: what it favours.
-        params: its parameters, in order.
-        lower: from the parameters' values and the fraction kept (None under `tokens=`) to the op call.
-        source: where it comes from.
-        cost: per token, layer and KV head.
-        sign: -1 if the op returns the negated score.
-        batch_coupled: why a row's score depends on the other rows, so that it needs batch 1 without padding and
-            cannot be exported; empty if it does not.
-        least: real tokens that a prompt must have, for an atom's values.
-    """
-
-    summary: str
-    params: tuple[Param, ...]
-    lower: Callable[[Args, Fraction | None], OpCall]
-    source: str
-    cost: str
-    sign: int = 1
-    batch_coupled: str = ""
-    least: Callable[[Args], int] = lambda args: 1
-    call: OpCall = field(init=False)
-
-    def __post_init__(self) -> None:
-        defaults = {param.name: param.default for param in self.params}
-        object.__setattr__(self, "call", self.lower(defaults, Fraction(1, 2)))
-
-    @property
-    def op(self) -> str:
-        """The kernel op that computes the score."""
-        return self.call.op
-
-    @property
-    def taps(self) -> tuple[str, ...]:
-        """The site tensors that the op reads at the atom's defaults."""
-        return self.call.taps
+from kvfx.score_row import EXPECTED, SEED, SIZE, Args, ScoreRow, expected
 
 
 def _argument(value: Value) -> int:
@@ -126,45 +82,6 @@ def _random(args: Args, keep: Fraction | None) -> OpCall:
     return OpCall("random", ("key",), options=(("seed", args["seed"]),))
 
 
-def _kvpress_window_attention(args: Args, keep: Fraction | None) -> OpCall:
-    options = (("window", args["window"]), ("kernel", args["kernel"]), ("layer", args["heads"] == Word("layer")))
-    return OpCall("kvpress_window_attention", ("query", "key"), options=options)
-
-
-def _expected(args: Args, keep: Fraction | None) -> OpCall:
-    options = (("sinks", args["sinks"]), ("covariance", args["cov"] == Word("full")), ("epsilon", float(args["eps"])))
-    taps = ("pre_query", "key", "rotation", *["value"] * (args["v"] == Word("norm")))
-    return OpCall("expected_attention", taps, options=options, future=args["future"])
-
-
-def _kvpress_expected(args: Args, keep: Fraction | None) -> OpCall:
-    return replace(_expected(args, keep), op="kvpress_expected_attention")
-
-
-def _kvpress_compactor(args: Args, keep: Fraction | None) -> OpCall:
-    blend = args["blend"]
-    if blend == Word("removed"):
-        if keep is None:
-            raise PolicyError(
-                "kvpress_compactor(blend=removed) weighs leverage by the fraction removed, but the budget is a count. "
-                "Give the budget as a fraction, as in uniform(0.5), or blend as a number."
-            )
-        blend = float(1 - keep)
-    options = (("blend", float(blend)), ("chunk", args["chunk"]))
-    taps = ("query", "key", "value", "pre_key")
-    return OpCall("kvpress_compactor", taps, Sketch(args["size"], args["seed"]), options)
-
-
-SIZE = Param("size", 48, Int(1), bare=True)
-SEED = Param("seed", 0, Int())
-EXPECTED = (
-    Param("future", 512, Int(1), bare=True),
-    Param("sinks", 4, Int()),
-    Param("cov", Word("full"), words("full none")),
-    Param("v", Word("norm"), words("norm none")),
-    Param("eps", 0, Real()),
-)
-
 SCORES: dict[str, ScoreRow] = {
     "knorm": ScoreRow(
         summary="L2 norm of the key; `-knorm` is the published score",
@@ -202,7 +119,7 @@ SCORES: dict[str, ScoreRow] = {
             "covariance (`cov`) of the row's queries behind its first `sinks`; plus `eps`, weighted by `v`. Sinks score 0"
         ),
         params=EXPECTED,
-        lower=_expected,
+        lower=expected,
         source="Expected Attention, arXiv:2510.00636; kvpress ExpectedAttentionPress",
         cost="2 D^2 multiply-adds per query head",
     ),
@@ -261,49 +178,5 @@ SCORES: dict[str, ScoreRow] = {
         source="kvpress RandomPress",
         cost="none to speak of",
     ),
-    "kvpress_window": ScoreRow(
-        summary="kvpress's SnapKVPress bug for bug, or with `heads=layer` its TOVAPress; the window's own tokens win",
-        params=(
-            Param("window", 64, Int(1), bare=True),
-            Param("kernel", 5, Int(1, odd=True)),
-            Param("heads", Word("mean"), words("mean layer")),
-        ),
-        lower=_kvpress_window_attention,
-        source="kvpress 0.5.5, SnapKVPress and TOVAPress",
-        least=lambda args: args["window"] + 1,
-        cost="D window multiply-adds per query head",
-        batch_coupled=(
-            "kvpress does not look at padding, and its window is the last slots: give it one row, without padding. "
-            "Its float arithmetic on the length cannot be exported."
-        ),
-    ),
-    "kvpress_expected": ScoreRow(
-        summary="kvpress's ExpectedAttentionPress bug for bug; its sinks win",
-        params=EXPECTED,
-        lower=_kvpress_expected,
-        source="kvpress 0.5.5, ExpectedAttentionPress",
-        least=lambda args: args["sinks"] + 1,
-        cost="2 D^2 multiply-adds per query head",
-        batch_coupled=(
-            "kvpress does not look at padding, and its sinks are the first slots: give it one row, without padding. "
-            "Its float arithmetic on the length cannot be exported."
-        ),
-    ),
-    "kvpress_compactor": ScoreRow(
-        summary="kvpress's CompactorPress bug for bug, with its own protection of 8 first and 4 last tokens",
-        params=(
-            SIZE,
-            Param("blend", Word("removed"), OneOf({"removed": None}, number=Real())),
-            Param("chunk", 256, Int(1)),
-            SEED,
-        ),
-        lower=_kvpress_compactor,
-        source="kvpress 0.5.5, CompactorPress",
-        least=lambda args: 14,
-        cost="as attn and leverage, over the whole row",
-        batch_coupled=(
-            "kvpress standardises its scores over all rows of a batch at once, so what a row keeps depends on its "
-            "neighbours: give it one row, without padding. Its float arithmetic on the length cannot be exported."
-        ),
-    ),
+    **KVPRESS_SCORES,
 }

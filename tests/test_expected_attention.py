@@ -453,7 +453,8 @@ def test_a_second_document_is_scored_by_the_queries_that_follow_it():
     cache = kvfx.compile(model, "knorm:1", backend="eager").compress(ids[:, :37])
     grown = compiled.compress(ids[:, 37:], past_key_values=cache).layers[0].positions[0, :, -11:]
     (taps,), _ = reference.capture(model, ids)
-    later = reference.Taps(*(getattr(taps, name)[:, :, 37:] for name in ("query", "key", "value", "pre_query", "pre_key")))
+    read = (getattr(taps, name)[:, :, 37:] for name in ("query", "key", "value", "pre_query", "pre_key"))
+    later = reference.Taps(*read, taps.output)
     score = reference.expected_attention(later, model, start=60)
     best = reference.best(reference.protected(score, 4, 0), 11)
     assert grown.tolist() == [[37 + position for position in head] for head in best]
