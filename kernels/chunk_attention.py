@@ -4,7 +4,11 @@ import torch
 from torch import Tensor
 
 from .op import KernelOp, samples
-from .rows import chunk_slots, from_front, places, pooled, ranks, to_front, unchunk
+from .rows import chunk_slots, from_front, places, pooled, presence, ranks, to_front, unchunk
+
+# The query heads of a group are taken in so many parts, one after the other: what a part makes of all chunks soon outgrows the
+# allocator's reuse, and fresh pages cost more than the matmul.
+PARTS = 4
 
 
 def chunk_attention(
@@ -29,30 +33,33 @@ def chunk_attention(
         Scores, [B, Hkv, S] float32, not negative, higher = keep; 0 at padding.
 
     Numerics: float32 throughout; the number of real taps divides the average.
-    Cost: 2*B*Hq*S*chunk*D flops in one batched matmul, B*Hq*S*chunk floats of scratch.
+    Cost: 2*B*Hq*S*chunk*D flops in batched matmuls; B*Hq*S*chunk/PARTS floats of scratch, up to rounding.
     """
     heads, tokens = key.shape[1], key.shape[2]
     place = places(valid)
     slot = chunk_slots(tokens, chunk, key.device)
-    real = slot < ranks(valid, tokens, key.device)[1][:, None, :, None]  # [B or 1, 1, N, C]
+    real = presence(slot, ranks(valid, tokens, key.device)[1], tokens)[:, None]  # [B or 1, 1, N, C]
 
     def chunks(x: Tensor) -> Tensor:
         x = to_front(x, place)[:, :, slot.clamp(max=tokens - 1)].float()
-        absent = ~real.reshape(real.shape + (1,) * (x.dim() - real.dim()))
-        return x if place is None else x.masked_fill(absent, 0)  # padding may hold NaN
+        return x if place is None else torch.where(real[..., None] > 0, x, 0)  # padding may hold NaN
 
-    # The G heads of a group become rows of their KV head's matmul, so keys are not copied G times.
-    grouped = query.unflatten(1, (heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
-    rows = (chunks(grouped) * scale).flatten(3, 4)  # [B, Hkv, N, C*G, D]
-    logits = rows @ chunks(key).transpose(-2, -1)
-    # The lowest float stands for -inf: beside any finite logit its weight is 0, and a chunk of padding gives no NaN.
-    weights = logits.masked_fill(~real[..., None, :], torch.finfo(torch.float32).min).softmax(-1)
-    asking = real.float().repeat_interleave(grouped.shape[3], -1)[..., None, :]  # [B or 1, 1, N, 1, C*G]
-    score = unchunk((asking @ weights).squeeze(-2), tokens)
+    keys = chunks(key).transpose(-2, -1)
+    # A number added, not a choice between two, which vectorises badly; beside it any logit is rounded away.
+    hidden = (real[..., None, :] - 1) * 1e30
+    score = torch.zeros((), device=key.device)
+    for part in query.unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
+        # The g heads become rows of their KV head's matmul, so keys are not copied g times.
+        rows = torch.cat([chunks(head) for head in part.unbind(2)], 3) * scale  # [B, Hkv, N, g*C, D]
+        logits = rows @ keys + hidden
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        paid = real.repeat(1, 1, 1, part.shape[2]) / weights.sum(-1)  # absent queries pay nothing
+        score = score + (paid[..., None, :] @ weights).squeeze(-2)
+    score = unchunk(score, tokens)
     if value is not None:
         norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
         score = score * to_front(norm, place)
-    score = from_front(pooled(score, unchunk(real.float(), tokens), "avg", pool), place)
+    score = from_front(pooled(score, unchunk(real, tokens), "avg", pool), place)
     return score if valid is None else score.masked_fill(~valid[:, None], 0)
 
 
