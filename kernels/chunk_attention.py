@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .op import KernelOp, samples
-from .rows import chunk_slots, from_front, places, pooled, presence, ranks, to_front, unchunk
+from .rows import chunk_slots, from_front, places, pooled, ranks, to_front, unchunk
 
 # The query heads of a group are taken in so many parts, one after the other: what a part makes of all chunks soon outgrows the
 # allocator's reuse, and fresh pages cost more than the matmul.
@@ -33,33 +33,39 @@ def chunk_attention(
         Scores, [B, Hkv, S] float32, not negative, higher = keep; 0 at padding.
 
     Numerics: float32 throughout; the number of real taps divides the average.
-    Cost: 2*B*Hq*S*chunk*D flops in batched matmuls; B*Hq*S*chunk/PARTS floats of scratch, up to rounding.
+    Cost: 2*B*Hq*S*chunk*D flops in batched matmuls. Scratch is B*Hq*S*chunk/PARTS floats if a compiler takes one part
+    after the other, as Inductor does, because they share nothing that a fusion would read once.
     """
     heads, tokens = key.shape[1], key.shape[2]
     place = places(valid)
     slot = chunk_slots(tokens, chunk, key.device)
-    real = presence(slot, ranks(valid, tokens, key.device)[1], tokens)[:, None]  # [B or 1, 1, N, C]
+    length = ranks(valid, tokens, key.device)[1]
+    real = slot < length[:, None, :, None]  # [B or 1, 1, N, C]
+    # Masks are two more channels of the matmul: a mask of the logits would cost more than their exponentials.
+    hidden = torch.where(real, 0, -1e30)
+    plain = torch.ones_like(hidden)
 
-    def chunks(x: Tensor) -> Tensor:
+    def chunks(x: Tensor, *channels: Tensor) -> Tensor:
+        """Cut x, [B, Hkv, S, D], into [B, Hkv, N, C, D + 2]."""
         x = to_front(x, place)[:, :, slot.clamp(max=tokens - 1)].float()
-        return x if place is None else torch.where(real[..., None] > 0, x, 0)  # padding may hold NaN
+        x = x if place is None else x.masked_fill(~real[..., None], 0)  # padding may hold NaN
+        return torch.cat([x, *(channel[..., None].expand(*x.shape[:-1], 1) for channel in channels)], -1)
 
-    keys = chunks(key).transpose(-2, -1)
-    # A number added, not a choice between two, which vectorises badly; beside it any logit is rounded away.
-    hidden = (real[..., None, :] - 1) * 1e30
-    score = torch.zeros((), device=key.device)
-    for part in query.unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
+    keys = chunks(key, hidden, plain).flatten(0, 2).transpose(1, 2)  # [B*Hkv*N, D + 2, C]
+    score = torch.zeros(keys.shape[0], 1, chunk, device=key.device)
+    for part in (query.float() * scale).unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
         # The g heads become rows of their KV head's matmul, so keys are not copied g times.
-        rows = torch.cat([chunks(head) for head in part.unbind(2)], 3) * scale  # [B, Hkv, N, g*C, D]
-        logits = rows @ keys + hidden
-        weights = (logits - logits.amax(-1, keepdim=True)).exp()
-        paid = real.repeat(1, 1, 1, part.shape[2]) / weights.sum(-1)  # absent queries pay nothing
-        score = score + (paid[..., None, :] @ weights).squeeze(-2)
-    score = unchunk(score, tokens)
+        rows = torch.cat([chunks(head, plain, hidden) for head in part.unbind(2)], 3).flatten(0, 2)
+        logits = rows @ keys  # [B*Hkv*N, g*C, C]
+        # Where a query is absent every weight is 0, and so is the sum, which is at least 1 elsewhere.
+        weights = (logits - logits.amax(-1, keepdim=True).clamp(min=-1e29)).exp()
+        paid = 1 / weights.sum(-1).clamp(min=1)
+        score = torch.baddbmm(score, paid[:, None], weights)
+    score = unchunk(score.view(key.shape[0], heads, -1, chunk), tokens)
     if value is not None:
         norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
         score = score * to_front(norm, place)
-    score = from_front(pooled(score, unchunk(real, tokens), "avg", pool), place)
+    score = from_front(pooled(score, unchunk(real.float(), tokens), "avg", pool), place)
     return score if valid is None else score.masked_fill(~valid[:, None], 0)
 
 

@@ -70,23 +70,6 @@ def chunk_slots(tokens: int, chunk: int, device: torch.device) -> Tensor:
     return first[:, None] + torch.arange(chunk, device=device)
 
 
-def presence(slot: Tensor, length: Tensor, tokens: int) -> Tensor:
-    """Say which slots hold a real token once those stand in front: [B or 1, *slot.shape] float32, 1 or 0.
-
-    Scattered, not computed in place: so a compiler stores it, instead of comparing indices again for every element of
-    a larger tensor that it masks.
-
-    Args:
-        slot: consecutive slots from 0, at least S; those of `chunk_slots`.
-        length: real tokens of each row, [B or 1, 1].
-        tokens: S.
-    """
-    token = torch.arange(tokens, device=slot.device)
-    real = (token < length).float()
-    empty = torch.zeros(len(real), slot.numel(), device=slot.device)
-    return empty.scatter(-1, token.expand_as(real), real).unflatten(-1, slot.shape)
-
-
 def unchunk(x: Tensor, tokens: int) -> Tensor:
     """Lay chunks, [B, H, N, C], end to end and cut to [B, H, S].
 
