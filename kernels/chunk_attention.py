@@ -34,33 +34,31 @@ def chunk_attention(
 
     Numerics: float32 throughout; the number of real taps divides the average.
     Cost: 2*B*Hq*S*chunk*D flops in batched matmuls. Scratch is B*Hq*S*chunk/PARTS floats if a compiler takes one part
-    after the other, as Inductor does, because they share nothing that a fusion would read once.
+    after the other, as Inductor does: their kernels read nothing in common that would be worth a fusion.
     """
     heads, tokens = key.shape[1], key.shape[2]
     place = places(valid)
     slot = chunk_slots(tokens, chunk, key.device)
-    length = ranks(valid, tokens, key.device)[1]
-    real = slot < length[:, None, :, None]  # [B or 1, 1, N, C]
-    # Masks are two more channels of the matmul: a mask of the logits would cost more than their exponentials.
-    hidden = torch.where(real, 0, -1e30)
-    plain = torch.ones_like(hidden)
+    real = slot < ranks(valid, tokens, key.device)[1][:, None, :, None]  # [B or 1, 1, N, C]
 
-    def chunks(x: Tensor, *channels: Tensor) -> Tensor:
-        """Cut x, [B, Hkv, S, D], into [B, Hkv, N, C, D + 2]."""
+    def chunks(x: Tensor) -> Tensor:
         x = to_front(x, place)[:, :, slot.clamp(max=tokens - 1)].float()
-        x = x if place is None else x.masked_fill(~real[..., None], 0)  # padding may hold NaN
-        return torch.cat([x, *(channel[..., None].expand(*x.shape[:-1], 1) for channel in channels)], -1)
+        absent = ~real.reshape(real.shape + (1,) * (x.dim() - real.dim()))
+        return x if place is None else x.masked_fill(absent, 0)  # padding may hold NaN
 
-    keys = chunks(key, hidden, plain).flatten(0, 2).transpose(1, 2)  # [B*Hkv*N, D + 2, C]
+    keys = chunks(key).flatten(0, 2).transpose(1, 2)  # [B*Hkv*N, D, C]
+    # Added by the matmul: a mask of the logits would cost more than their exponentials. Beside -1e30 any logit is
+    # rounded away.
+    hidden = torch.where(real, 0, -1e30).expand(key.shape[0], heads, -1, -1).flatten(0, 2)[:, None]
     score = torch.zeros(keys.shape[0], 1, chunk, device=key.device)
-    for part in (query.float() * scale).unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
+    for part in query.unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
         # The g heads become rows of their KV head's matmul, so keys are not copied g times.
-        rows = torch.cat([chunks(head, plain, hidden) for head in part.unbind(2)], 3).flatten(0, 2)
-        logits = rows @ keys  # [B*Hkv*N, g*C, C]
-        # Where a query is absent every weight is 0, and so is the sum, which is at least 1 elsewhere.
-        weights = (logits - logits.amax(-1, keepdim=True).clamp(min=-1e29)).exp()
-        paid = 1 / weights.sum(-1).clamp(min=1)
-        score = torch.baddbmm(score, paid[:, None], weights)
+        rows = chunks(part.transpose(2, 3)).flatten(3, 4).flatten(0, 2)  # [B*Hkv*N, C*g, D]
+        logits = torch.baddbmm(hidden, rows, keys, alpha=scale)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        asking = real.float().repeat_interleave(part.shape[2], -1)  # absent queries pay nothing
+        paid = asking / weights.sum(-1).view(key.shape[0], heads, -1, asking.shape[-1])
+        score = torch.baddbmm(score, paid.flatten(0, 2)[:, None], weights)
     score = unchunk(score.view(key.shape[0], heads, -1, chunk), tokens)
     if value is not None:
         norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
