@@ -3,9 +3,10 @@
     python benchmarks/memory.py                     # about five minutes, nearly all of it compilation
     python benchmarks/memory.py --plot-only         # draws results/memory.csv again
 
-K/V bytes are those of storages as large as a layer's K, V or pre-RoPE K, or as what is kept of one; the prompt's length is such
-that nothing else in the model has these sizes. A storage counts from its allocation to its free, also while Inductor reuses it for
-another tensor of the same size, so the figures are upper bounds. Writes results/memory.csv, .png and .svg.
+K/V bytes are those of storages as large as a layer's K, V or pre-RoPE K, or as what is kept of one. The prompt's length is such
+that only one other tensor has such a size: the K with rotated halves that RoPE makes on its way, in both runs, so the bound allows
+for it. A storage counts from its allocation to its free, also while Inductor keeps it for the next tensor of its size: the figures
+are upper bounds. Writes results/memory.csv, .png and .svg.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ TOKENS = 4000  # no multiple of a chunk, so that copies cut into chunks have siz
 KEEP = 0.25
 FULL = KV_HEADS * TOKENS * HEAD_DIM * 4  # bytes of one layer's K, V or pre-RoPE K
 KEPT = int(FULL * KEEP)
+WORKING = 4 * FULL  # of the layer at work: K, V, pre-RoPE K, and RoPE's rotated K
 PLAIN, COMPRESSED = "torch.compile", f"compactor:{KEEP}"
 
 
@@ -77,15 +79,15 @@ def measure() -> list[Row]:
 
 
 def trace(name: str, run: Callable[[], object]) -> list[Row]:
-    """Run to compile, then once more, and follow each storage from its allocation to its free."""
-    run()
+    """Follow each storage of a compiled run from its allocation to its free, or to the end, which the caches outlive."""
+    run()  # compiles
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
+        caches = run()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    del result  # until here the caches were alive
+    del caches
     events.sort(key=lambda event: event["ts"])
     start, length = events[0]["ts"], events[-1]["ts"] - events[0]["ts"]
     alive: dict[int, int] = {}
