@@ -1,4 +1,7 @@
-"""How a timed bar is measured: one thread, process CPU time, alternating pairs, a bootstrap interval, and an A/A row beside it."""
+"""How a timed bar is measured: one thread, process CPU time, alternating pairs, a bootstrap interval, and an A/A row beside it.
+
+Also what every benchmark writes: a CSV with the machine, the versions and the command in front.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,18 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+
+
+AA = "A/A"
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Row:
         ratio, low, high: median of the paired ratios of CPU time, and its 95 % bootstrap interval.
         seconds, baseline_seconds: medians of CPU time.
         floor: the ratio that the added arithmetic alone would give at the baseline's speed, or "" if not known.
+        goal: the ratio that is promised, or "" if none is.
+        verdict: "met" or "not met" if the ratio is further from the goal than the A/A interval reaches from 1, else "undecided".
         rounds: pairs measured.
     """
 
@@ -38,6 +47,8 @@ class Row:
     seconds: float
     baseline_seconds: float
     floor: float | str
+    goal: float | str
+    verdict: str
     rounds: int
 
 
@@ -46,29 +57,51 @@ def compare(
     baseline: Callable[[], object],
     variants: dict[str, Callable[[], object]],
     floors: dict[str, float] | None = None,
+    goals: dict[str, float] | None = None,
     rounds: int = 31,
-    report: Callable[[Row], None] = print,
 ) -> list[Row]:
-    """Measure each variant in alternating pairs with the baseline; everything is run twice before it is timed."""
+    """Measure all variants, each paired with a baseline run near it; everything is run twice before it is timed.
+
+    A round is baseline, half of the variants, baseline again, the other half. A variant is paired with the baseline of its half;
+    the second baseline with the first one, further apart than any other pair, is the A/A row. Every other round runs backwards,
+    and the variants rotate, so that each stands at each distance, before and after.
+    """
     torch.set_num_threads(1)
+    for run in (baseline, *variants.values()):
+        run(), run()
+    ratios: dict[str, list[float]] = {name: [] for name in (AA, *variants)}
+    times: dict[str, list[float]] = {name: [] for name in (AA, *variants)}
+    first_times = []
+    for index in range(rounds):
+        turn = index // 2 % max(1, len(variants))
+        names = [*variants][turn:] + [*variants][:turn]
+        half = (len(names) + 1) // 2
+        sequence = ["", *names[:half], AA, *names[half:]]
+        took: dict[str, float] = {}
+        for name in sequence if index % 2 == 0 else reversed(sequence):
+            took[name] = _cpu_seconds(variants.get(name, baseline))
+        for name in (AA, *names):
+            times[name].append(took[name])
+            ratios[name].append(took[name] / took[AA if name in names[half:] else ""])
+        first_times.append(took[""])
     rows = []
-    for name, variant in {"A/A": baseline, **variants}.items():
-        for _ in range(2):
-            baseline(), variant()
-        base_times, times = [], []
-        for index in range(rounds):
-            order = [(baseline, base_times), (variant, times)]
-            for run, record in order if index % 2 == 0 else reversed(order):
-                record.append(_cpu_seconds(run))
-        ratios = [b / a for a, b in zip(base_times, times, strict=True)]
-        low, high = _bootstrap_median(ratios)
+    for name in ratios:
+        low, high = _bootstrap_median(ratios[name])
         row = Row(
-            setting, name, statistics.median(ratios), low, high, statistics.median(times), statistics.median(base_times),
-            (floors or {}).get(name, ""), rounds,
+            setting, name, statistics.median(ratios[name]), low, high, statistics.median(times[name]),
+            statistics.median(first_times), (floors or {}).get(name, ""), (goals or {}).get(name, ""), "", rounds,
         )  # fmt: skip
-        report(row)
         rows.append(row)
-    return rows
+    return [replace(row, verdict=_verdict(row, rows[0])) for row in rows]
+
+
+def _verdict(row: Row, noise: Row) -> str:
+    if isinstance(row.goal, str):
+        return ""
+    width = max(noise.high - 1, 1 - noise.low)
+    if abs(row.ratio - row.goal) <= width:
+        return "undecided"
+    return "met" if row.ratio < row.goal else "not met"
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:
@@ -93,14 +126,34 @@ def machine() -> str:
     return f"{processor}, 1 thread; {versions}"
 
 
-def write(name: str, rows: Iterable[Row], command: str) -> Path:
-    """Write rows to `results/NAME.csv`, with the machine and the command in front."""
+def write(name: str, rows: Sequence[Any], command: str) -> Path:
+    """Write rows, which are dataclasses of one kind, to `results/NAME.csv`, with the machine and the command in front."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="") as file:
         file.write(f"# {machine()}\n# {command}\n")
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
         for row in rows:
             writer.writerow({key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(row).items()})
     return path
+
+
+def read(name: str) -> tuple[str, list[dict[str, Any]]]:
+    """The machine that `results/NAME.csv` was measured on, and its rows; numbers are floats."""
+    lines = (RESULTS / f"{name}.csv").read_text().splitlines()
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    return lines[0].removeprefix("# "), [{key: _number(value) for key, value in row.items()} for row in rows]
+
+
+def save(figure: Any, name: str) -> None:
+    """Write a matplotlib figure to `results/NAME.png` and `results/NAME.svg`."""
+    for kind in ("png", "svg"):
+        figure.savefig(RESULTS / f"{name}.{kind}", dpi=150, bbox_inches="tight")
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

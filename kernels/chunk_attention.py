@@ -6,6 +6,10 @@ from torch import Tensor
 from .op import KernelOp, samples
 from .rows import chunk_slots, from_front, places, pooled, ranks, to_front, unchunk
 
+# The query heads of a group are taken in so many parts, one after the other: what a part makes of all chunks soon outgrows the
+# allocator's reuse, and fresh pages cost more than the matmul.
+PARTS = 4
+
 
 def chunk_attention(
     query: Tensor, key: Tensor, value: Tensor | None, valid: Tensor | None, chunk: int, scale: float, pool: int
@@ -29,7 +33,8 @@ def chunk_attention(
         Scores, [B, Hkv, S] float32, not negative, higher = keep; 0 at padding.
 
     Numerics: float32 throughout; the number of real taps divides the average.
-    Cost: 2*B*Hq*S*chunk*D flops in one batched matmul, B*Hq*S*chunk floats of scratch.
+    Cost: 2*B*Hq*S*chunk*D flops in batched matmuls. Scratch is B*Hq*S*chunk/PARTS floats if a compiler takes one part
+    after the other, as Inductor does: their kernels read nothing in common that would be worth a fusion.
     """
     heads, tokens = key.shape[1], key.shape[2]
     place = places(valid)
@@ -41,14 +46,20 @@ def chunk_attention(
         absent = ~real.reshape(real.shape + (1,) * (x.dim() - real.dim()))
         return x if place is None else x.masked_fill(absent, 0)  # padding may hold NaN
 
-    # The G heads of a group become rows of their KV head's matmul, so keys are not copied G times.
-    grouped = query.unflatten(1, (heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
-    rows = (chunks(grouped) * scale).flatten(3, 4)  # [B, Hkv, N, C*G, D]
-    logits = rows @ chunks(key).transpose(-2, -1)
-    # The lowest float stands for -inf: beside any finite logit its weight is 0, and a chunk of padding gives no NaN.
-    weights = logits.masked_fill(~real[..., None, :], torch.finfo(torch.float32).min).softmax(-1)
-    asking = real.float().repeat_interleave(grouped.shape[3], -1)[..., None, :]  # [B or 1, 1, N, 1, C*G]
-    score = unchunk((asking @ weights).squeeze(-2), tokens)
+    keys = chunks(key).flatten(0, 2).transpose(1, 2)  # [B*Hkv*N, D, C]
+    # Added by the matmul: a mask of the logits would cost more than their exponentials. Beside -1e30 any logit is
+    # rounded away.
+    hidden = torch.where(real, 0, -1e30).expand(key.shape[0], heads, -1, -1).flatten(0, 2)[:, None]
+    score = torch.zeros(keys.shape[0], 1, chunk, device=key.device)
+    for part in query.unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
+        # The g heads become rows of their KV head's matmul, so keys are not copied g times.
+        rows = chunks(part.transpose(2, 3)).flatten(3, 4).flatten(0, 2)  # [B*Hkv*N, C*g, D]
+        logits = torch.baddbmm(hidden, rows, keys, alpha=scale)
+        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        asking = real.float().repeat_interleave(part.shape[2], -1)  # absent queries pay nothing
+        paid = asking / weights.sum(-1).view(key.shape[0], heads, -1, asking.shape[-1])
+        score = torch.baddbmm(score, paid.flatten(0, 2)[:, None], weights)
+    score = unchunk(score.view(key.shape[0], heads, -1, chunk), tokens)
     if value is not None:
         norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
         score = score * to_front(norm, place)
