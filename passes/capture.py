@@ -29,7 +29,8 @@ Rewrite = Callable[[fx.GraphModule], None]
 
 def _inductor(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
     # Inductor would move what only the graph's output reads, which is every layer's eviction, to the end of the graph.
-    return compile_fx(graph, example_inputs, config_patches={"reorder_for_locality": False})
+    compiled: Any = compile_fx(graph, example_inputs, config_patches={"reorder_for_locality": False})
+    return compiled
 
 
 def _run_as_is(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
