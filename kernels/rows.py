@@ -57,8 +57,8 @@ def from_front(x: Tensor, place: Tensor | None) -> Tensor:
 
 
 def spread(index: Tensor, x: Tensor) -> Tensor:
-    """Repeat an index of axis 2, [B or 1, N], over the heads and trailing axes of x, [B, H, N, ...]; a view."""
-    return index.reshape(index.shape[0], 1, -1, *[1] * (x.dim() - 3)).expand(x.shape)
+    """Repeat an index of axis 2, [B or 1, N], over the other axes of x, [B, H, S, ...]: [B, H, N, ...]; a view."""
+    return index.reshape(index.shape[0], 1, -1, *[1] * (x.dim() - 3)).expand(*x.shape[:2], -1, *x.shape[3:])
 
 
 def chunk_slots(tokens: int, chunk: int, device: torch.device) -> Tensor:
