@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .op import KernelOp, samples
-from .rows import chunk_slots, from_front, places, pooled, ranks, sources, spread, to_front, unchunk
+from .rows import chunk_slots, from_front, places, pooled, ranks, sources, spread, stored, to_front, unchunk
 
 # The query heads of a group are taken in so many parts, one after the other: what a part makes of all chunks soon outgrows the
 # allocator's reuse, and fresh pages cost more than the matmul.
@@ -53,12 +53,9 @@ def chunk_attention(
         return x.gather(2, spread(source, x)).unflatten(2, slot.shape).float()
 
     keys = chunks(key).flatten(0, 2).transpose(1, 2)  # [B*Hkv*N, D, C]
-    # The running score is kept negative, and an absent key starts at 1e30, where it stays: so what is above zero is the
-    # mask, a stored number to subtract, where a comparison for each logit would cost more than its exponential.
-    token = torch.arange(tokens, device=key.device)
-    start = torch.where(token < length, 0, 1e30)
-    debt = torch.full((len(start), slot.numel()), 1e30, device=key.device).scatter(-1, token.expand_as(start), start)
-    debt = debt.view(-1, 1, *slot.shape).expand(key.shape[0], heads, -1, -1).flatten(0, 2)[:, None]  # [B*Hkv*N, 1, C]
+    # The running score is kept negative, and an absent key starts at 1e30, where it stays: what is above zero is the mask.
+    debt = stored(torch.where(real, 0, 1e30).flatten(2))  # [B or 1, 1, N*C]
+    debt = debt.expand(key.shape[0], heads, -1).reshape(-1, 1, chunk)  # [B*Hkv*N, 1, C]
     for part in query.unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
         # The g heads become rows of their KV head's matmul, so keys are not copied g times.
         rows = (chunks(part.transpose(2, 3)) * scale).flatten(3, 4).flatten(0, 2)  # [B*Hkv*N, C*g, D]

@@ -61,6 +61,14 @@ def spread(index: Tensor, x: Tensor) -> Tensor:
     return index.reshape(index.shape[0], 1, -1, *[1] * (x.dim() - 3)).expand(*x.shape[:2], -1, *x.shape[3:])
 
 
+def stored(x: Tensor) -> Tensor:
+    """Return x, [..., N], from memory: through a scatter, which a compiler does not fuse into what reads it.
+
+    For masks of large tensors. Comparing indices again for each element costs more than the exponential beside it.
+    """
+    return torch.zeros_like(x).scatter(-1, torch.arange(x.shape[-1], device=x.device).expand_as(x), x)
+
+
 def chunk_slots(tokens: int, chunk: int, device: torch.device) -> Tensor:
     """List the slots of each chunk, [N, chunk] int64; those of a short last chunk run past the row.
 
