@@ -19,10 +19,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from method import read, save, write
 from prefill import plain_prefill
 from torch.profiler import ProfilerActivity, profile
@@ -114,21 +116,18 @@ def plot() -> None:
     """Draw `results/memory.csv`."""
     where, rows = read("memory")
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    for name, color in ((PLAIN, "0.45"), (COMPRESSED, "tab:blue")):
+
+    def draw(panel: Axes, name: str, bytes_of: Callable[[dict[str, Any]], float], **style: str) -> None:
         of = [row for row in rows if row["run"] == name]
-        progress = [row["progress"] for row in of]
-        for panel, values in ((panels[0], [row["full"] + row["kept"] for row in of]), (panels[1], [row["total"] for row in of])):
-            panel.plot(
-                progress, [value / 2**20 for value in values], drawstyle="steps-post", color=color, label=name, linewidth=1.2
-            )
-    of = [row for row in rows if row["run"] == COMPRESSED]
-    bound = [(row["kept"] + 3 * FULL) / 2**20 for row in of]
-    label = "kept + one layer's K, V, pre-RoPE K"
-    panels[0].plot(
-        [row["progress"] for row in of], bound, "--", color="tab:green", label=label, linewidth=1, drawstyle="steps-post"
-    )
+        panel.step([row["progress"] for row in of], [bytes_of(row) / 2**20 for row in of], where="post", **style)
+
+    for name, color in ((PLAIN, "0.45"), (COMPRESSED, "tab:blue")):
+        draw(panels[0], name, lambda row: row["full"] + row["kept"], color=color, label=name)
+        draw(panels[1], name, lambda row: row["total"], color=color, label=name)
+    bound = {"color": "tab:green", "linestyle": "--", "label": "kept + working set of one layer"}
+    draw(panels[0], COMPRESSED, lambda row: row["kept"] + WORKING, **bound)
     for panel, title in zip(panels, ("K/V bytes alive", "all bytes alive"), strict=True):
-        panel.set(title=title, xlabel="share of the run", ylabel="MiB", xlim=(0, 1), ylim=(0, None))
+        panel.set(title=title, xlabel="share of the run's time", ylabel="MiB", xlim=(0, 1), ylim=(0, None))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8, frameon=False)
     figure.suptitle(f"Prefill of {TOKENS} tokens, {LAYERS} layers, Inductor\n{where}", fontsize=8)

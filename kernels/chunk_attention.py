@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .op import KernelOp, samples
-from .rows import chunk_slots, from_front, places, pooled, ranks, to_front, unchunk
+from .rows import chunk_slots, from_front, places, pooled, ranks, sources, spread, stored, to_front, unchunk
 
 # The query heads of a group are taken in so many parts, one after the other: what a part makes of all chunks soon outgrows the
 # allocator's reuse, and fresh pages cost more than the matmul.
@@ -32,34 +32,39 @@ def chunk_attention(
     Returns:
         Scores, [B, Hkv, S] float32, not negative, higher = keep; 0 at padding.
 
-    Numerics: float32 throughout; the number of real taps divides the average.
-    Cost: 2*B*Hq*S*chunk*D flops in batched matmuls. Scratch is B*Hq*S*chunk/PARTS floats if a compiler takes one part
-    after the other, as Inductor does: their kernels read nothing in common that would be worth a fusion.
+    Numerics: float32 throughout; the number of real taps divides the average. Scaled queries are rounded once more.
+    Cost: 2*B*Hq*S*chunk*D flops in batched matmuls. Scratch is B*Hq*S*chunk/PARTS floats, as each part needs the one before.
     """
     heads, tokens = key.shape[1], key.shape[2]
     place = places(valid)
     slot = chunk_slots(tokens, chunk, key.device)
-    real = slot < ranks(valid, tokens, key.device)[1][:, None, :, None]  # [B or 1, 1, N, C]
+    length = ranks(valid, tokens, key.device)[1]
+    real = slot < length[:, None, :, None]  # [B or 1, 1, N, C]
 
     def chunks(x: Tensor) -> Tensor:
-        x = to_front(x, place)[:, :, slot.clamp(max=tokens - 1)].float()
-        absent = ~real.reshape(real.shape + (1,) * (x.dim() - real.dim()))
-        return x if place is None else x.masked_fill(absent, 0)  # padding may hold NaN
+        """Cut x, [B, H, S, ...], into [B, H, N, C, ...], float32; absent slots repeat the row's last token.
+
+        So they leave maxima as they are, and no padding, which may hold NaN, is read.
+        """
+        if place is None:
+            return x[:, :, slot.clamp(max=tokens - 1)].float()
+        last = (length - 1).clamp(min=0)
+        source = sources(place).gather(-1, torch.minimum(slot.flatten(), last))  # [B, N*C]
+        return x.gather(2, spread(source, x)).unflatten(2, slot.shape).float()
 
     keys = chunks(key).flatten(0, 2).transpose(1, 2)  # [B*Hkv*N, D, C]
-    # Added by the matmul: a mask of the logits would cost more than their exponentials. Beside -1e30 any logit is
-    # rounded away.
-    hidden = torch.where(real, 0, -1e30).expand(key.shape[0], heads, -1, -1).flatten(0, 2)[:, None]
-    score = torch.zeros(keys.shape[0], 1, chunk, device=key.device)
+    # The running score is kept negative, and an absent key starts at 1e30, where it stays: what is above zero is the mask.
+    debt = stored(torch.where(real, 0, 1e30).flatten(2))  # [B or 1, 1, N*C]
+    debt = debt.expand(key.shape[0], heads, -1).reshape(-1, 1, chunk)  # [B*Hkv*N, 1, C]
     for part in query.unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
         # The g heads become rows of their KV head's matmul, so keys are not copied g times.
-        rows = chunks(part.transpose(2, 3)).flatten(3, 4).flatten(0, 2)  # [B*Hkv*N, C*g, D]
-        logits = torch.baddbmm(hidden, rows, keys, alpha=scale)
-        weights = (logits - logits.amax(-1, keepdim=True)).exp()
+        rows = (chunks(part.transpose(2, 3)) * scale).flatten(3, 4).flatten(0, 2)  # [B*Hkv*N, C*g, D]
+        logits = rows @ keys
+        weights = (logits - logits.amax(-1, keepdim=True) - debt.relu()).exp()
         asking = real.float().repeat_interleave(part.shape[2], -1)  # absent queries pay nothing
         paid = asking / weights.sum(-1).view(key.shape[0], heads, -1, asking.shape[-1])
-        score = torch.baddbmm(score, paid.flatten(0, 2)[:, None], weights)
-    score = unchunk(score.view(key.shape[0], heads, -1, chunk), tokens)
+        debt = torch.baddbmm(debt, paid.flatten(0, 2)[:, None], weights, alpha=-1)
+    score = unchunk(-debt.view(key.shape[0], heads, -1, chunk), tokens)
     if value is not None:
         norm = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
         score = score * to_front(norm, place)

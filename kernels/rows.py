@@ -57,8 +57,16 @@ def from_front(x: Tensor, place: Tensor | None) -> Tensor:
 
 
 def spread(index: Tensor, x: Tensor) -> Tensor:
-    """Repeat an index of axis 2, [B or 1, N], over the heads and trailing axes of x, [B, H, N, ...]; a view."""
-    return index.reshape(index.shape[0], 1, -1, *[1] * (x.dim() - 3)).expand(x.shape)
+    """Repeat an index of axis 2, [B or 1, N], over the other axes of x, [B, H, S, ...]: [B, H, N, ...]; a view."""
+    return index.reshape(index.shape[0], 1, -1, *[1] * (x.dim() - 3)).expand(*x.shape[:2], -1, *x.shape[3:])
+
+
+def stored(x: Tensor) -> Tensor:
+    """Return x, [..., N], from memory: through a scatter, which a compiler does not fuse into what reads it.
+
+    For masks of large tensors. Comparing indices again for each element costs more than the exponential beside it.
+    """
+    return torch.zeros_like(x).scatter(-1, torch.arange(x.shape[-1], device=x.device).expand_as(x), x)
 
 
 def chunk_slots(tokens: int, chunk: int, device: torch.device) -> Tensor:

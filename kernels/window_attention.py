@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .columns import join_heads, weigh
 from .op import KernelOp, samples
-from .rows import places, ranks, sources
+from .rows import places, ranks, sources, stored
 
 REDUCE = ("mean", "sum", "max", "count", "squares")
 
@@ -45,7 +45,7 @@ def window_attention(
     Returns:
         Scores, [B, Hkv, S] float32, not negative, higher = keep; 0 at padding.
 
-    Numerics: float32 throughout; each weight is exp(logit - log-sum-exp of its row).
+    Numerics: float32 throughout; each weight is exp(logit - log-sum-exp of its row). Rows are shorter than 2^24 tokens.
     Cost: 2*B*Hq*window*S*D flops, B*Hq*window*S floats of scratch.
     """
     groups, tokens, width = key.shape[1:]
@@ -59,13 +59,15 @@ def window_attention(
     asking = asking * (width**-0.5 if scale is None else scale)
     # The G heads of a group become rows of their KV head's matmul, so keys are not copied G times.
     rows = asking.unflatten(1, (groups, -1)).flatten(2, 3)
-    logits = (rows @ key.float().transpose(-2, -1)).unflatten(2, (-1, window))  # [B, Hkv, G, W, S]
-    sees = rank[:, None] <= asks[..., None]  # [B or 1, W, S]
+    key = key.float()
     if valid is not None:
-        sees = sees & valid[:, None]
-    unseen = ~sees[:, None, None]
-    logits = logits.masked_fill(unseen, torch.finfo(torch.float32).min)
-    weights = (logits - logits.logsumexp(-1, keepdim=True)).exp().masked_fill(unseen, 0)
+        key = key.masked_fill(~valid[:, None, :, None], 0)  # padding may hold NaN
+        rank = torch.where(valid, rank, tokens)  # behind every query
+    logits = (rows @ key.transpose(-2, -1)).unflatten(2, (-1, window))  # [B, Hkv, G, W, S]
+    behind = (stored(rank.float())[:, None] - asks[..., None].float()).relu()  # [B or 1, W, S], 0 where a query sees
+    logits = logits - behind[:, None, None] * 1e30
+    total = torch.where(asks[:, None, None, :, None] < 0, 1e30, logits.logsumexp(-1, keepdim=True))  # no query pays nothing
+    weights = (logits - total).exp()
     asked = length.clamp(1, window)
     if reduce == "max":
         columns = weights.amax(3)
