@@ -54,8 +54,8 @@ def chunk_attention(
 
     keys = chunks(key).flatten(0, 2).transpose(1, 2)  # [B*Hkv*N, D, C]
     # The running score is kept negative, and an absent key starts at 1e30, where it stays: what is above zero is the mask.
-    debt = stored(torch.where(real, 0, 1e30).flatten(2))  # [B or 1, 1, N*C]
-    debt = debt.expand(key.shape[0], heads, -1).reshape(-1, 1, chunk)  # [B*Hkv*N, 1, C]
+    debt = torch.where(real, 0, 1e30).expand(key.shape[0], heads, -1, -1)
+    debt = stored(debt.flatten(0, 2))[:, None]  # [B*Hkv*N, 1, C]
     for part in query.unflatten(1, (heads, -1)).chunk(PARTS, 2):  # [B, Hkv, g, S, D]
         # The g heads become rows of their KV head's matmul, so keys are not copied g times.
         rows = (chunks(part.transpose(2, 3)) * scale).flatten(3, 4).flatten(0, 2)  # [B*Hkv*N, C*g, D]
