@@ -1,6 +1,7 @@
 """What compression adds to a prefill: plain torch.compile against kvfx, per policy and prompt length.
 
     python benchmarks/prefill.py                    # all settings, 31 rounds: about an hour
+    python benchmarks/prefill.py --models wide --name prefill_wide --policies knorm compactor
     python benchmarks/prefill.py --lengths 1024 --rounds 11 --policies knorm compactor
     python benchmarks/prefill.py --plot-only        # draws results/prefill.csv again
 
