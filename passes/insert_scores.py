@@ -92,8 +92,8 @@ class _Builder:
         schema = schema_of(getattr(torch.ops.kvfx, expr.op).default)
         given: dict[str, Any] = {"scale": self.attention[6], "valid": self.site.nodes.get("valid"), "layer": self.site.layer}
         given |= dict(expr.options)
-        if any(argument.name == "lse" for argument in schema.arguments):
-            given["lse"] = self.log_sum_exp()
+        if any(argument.name == "lse" for argument in schema.arguments) and given["scale"] == self.attention[6]:
+            given["lse"] = self.log_sum_exp()  # which is of the model's own scale
         if expr.sketch is not None:
             given["sketch"] = self.sketch(expr.sketch)
         names = [argument.name for argument in schema.arguments]

@@ -287,6 +287,15 @@ def test_an_op_that_reads_two_results_of_one_shape_is_traced_with_both():
     assert len(first.users) == 1
 
 
+def test_a_score_with_a_scale_of_its_own_does_not_take_the_log_sum_exp_of_the_attention():
+    module = traced_step(decoder("qwen3", 2, 2, 16, 0), torch.ones(1, 9, dtype=torch.long), keep=4)
+    policy = "attn(q=all, mask=causal, over=count, heads=mean, v=none, pool=none, scale=0.7) | budget=uniform(0.5)"
+    run(module, plan_of(Policy.parse(policy)), check_each=True)
+    calls = [node.target for node in module.graph.nodes]
+    assert calls.count(aten._scaled_dot_product_flash_attention_for_cpu.default) == 4  # the score's own two, in each layer
+    assert calls.count(aten.scaled_dot_product_attention.default) == 2
+
+
 def test_a_plan_without_a_score_only_undoes_what_finding_did():
     model, ids = decoder("llama", 2, 2, 16, 0), torch.arange(9)[None]
     report = run(traced_step(model, ids), Plan(None), check_each=True)
