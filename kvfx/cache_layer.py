@@ -132,6 +132,8 @@ class CacheLayer(DynamicLayer):
             few = torch.arange(min(2, slots), device=self.keys.device)
             self.prefix = (before[:, None] + few).int()[:, None].expand(-1, heads, -1).contiguous()
             self.next_position = before + few.numel()
+        elif self.prefix.shape[2] < 2 <= slots:
+            self.prefix, self.next_position = self.positions_until(2), self.next_position + 1
         return slots - held == length
 
     def arrange(self, order: Tensor, blank: Tensor, seen: Tensor) -> None:

@@ -105,11 +105,6 @@ def windows(model: transformers.PreTrainedModel) -> tuple[int | None, ...]:
     return tuple(getattr(layer, "sliding_window", None) for layer in layers)
 
 
-def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward has an argument `position_ids`."""
-    return "position_ids" in forward_signature(model).parameters
-
-
 def prepare_outputs(model: transformers.PreTrainedModel) -> None:
     """Install the hooks that collect hidden states, as the model itself would on its first call: a trace cannot."""
     for module in model.modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,11 @@ class Runner:
     engine: Engine
     on_refuse: str
     accepted: tuple[Any, Owner | None] = (None, None)
+
+    @functools.cached_property
+    def takes_positions(self) -> bool:
+        """Whether the model's forward has an argument `position_ids`."""
+        return "position_ids" in hf.forward_signature(self.base).parameters
 
     def forward(self, arguments: dict[str, Any], *, compress: bool = False) -> Any:
         """A forward of the model: evicts if the cache is empty or `compress` is set, else appends."""
@@ -144,13 +150,17 @@ class Runner:
         out.past_key_values = cache
         return out
 
-    def _run(self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, Any, Any], inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
+    def _run(
+        self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, Any, Any], inputs: tuple[Any, ...]
+    ) -> tuple[Any, Tensor]:
         """Run the step of the engine; leave layers alone that turn out not to be understood, if they are whole."""
         start = next((layer.next_position for layer in work.layers if layer.window is None), None)
         while True:
-            slots = SlotCache(work.layers, *lengths, start, work.has_empty, self.engine.whole if phase != "prefill" else frozenset())
+            slots = SlotCache(
+                work.layers, *lengths, start, work.has_empty, self.engine.whole if phase != "prefill" else frozenset()
+            )
             valid, tokens, options = inputs
-            given = (work.lengths_seen, valid, tokens, options, hf.takes_positions(self.base))
+            given = (work.lengths_seen, valid, tokens, options, self.takes_positions)
             try:
                 return self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
             except Stranded as stranded:
