@@ -19,11 +19,12 @@ def slot_mask(
 ) -> Tensor:
     """Turn a mask over all tokens seen into one over the slots that are left of them.
 
-    Column c of the given mask belongs to token c of a row that has seen L tokens. A row that has seen fewer is aligned on the right,
-    so its token p has column p + L - seen. The columns of the n new tokens behind them stay as they are.
+    Column c of the given mask belongs to token c of a row that has seen L tokens. A row that has seen fewer is aligned on the
+    right, so its token p has column p + L - seen. The columns of the n new tokens behind them stay as they are.
 
     Args:
-        mask: [1 or B, 1 or Hq, 1 or S, L + n] or one column for all; bool (True takes part) or additive. None: nothing is hidden but empty slots.
+        mask: [1 or B, 1 or Hq, 1 or S, L + n] or one column for all; bool (True takes part) or additive. None: nothing is hidden
+            but empty slots.
         keys: slots, [B, Hkv, T, D]; read for its shape alone, like the next one and `size`.
         fresh: new keys, [B, Hkv, n, D].
         prefix: positions of the first P slots, [B, Hkv, P] int32, -1 for an empty slot.
@@ -41,9 +42,11 @@ def slot_mask(
     batch, kv_heads, slots = keys.shape[:3]
     length, new = size.shape[0] - 1, fresh.shape[2]
     each = kv_heads if prefix.shape[2] else 1  # without a prefix, slots are consecutive and alike in all heads
-    tail = torch.arange(slots - prefix.shape[2], device=start.device) + start[:, None]
-    tail = tail[:, None].expand(batch, each, -1)
-    positions = torch.cat([prefix.long(), tail], 2) if prefix.shape[2] else tail
+    place = torch.arange(slots, device=start.device).expand(batch, each, -1)
+    positions = place - prefix.shape[2] + start[:, None, None]
+    if prefix.shape[2]:
+        last = prefix.shape[2] - 1
+        positions = torch.where(place <= last, prefix.long().gather(2, place.clamp(max=last)), positions)
     there = positions[:, :1, None] >= 0  # all heads of a row have equally many, on the right
     if mask is None:
         return torch.cat([there, there.new_ones(batch, 1, 1, new)], 3)
@@ -80,7 +83,8 @@ def _inputs(dims, dtype, device, seed):
 
 OP = KernelOp(
     "slot_mask",
-    "(Tensor? mask, Tensor keys, Tensor fresh, Tensor prefix, Tensor start, Tensor seen, Tensor size, bool empty, int heads) -> Tensor",
+    "(Tensor? mask, Tensor keys, Tensor fresh, Tensor prefix, Tensor start, Tensor seen, Tensor size, bool empty, int heads)"
+    " -> Tensor",
     slot_mask,
     _inputs,
     cost="reads and writes T values for each mask row and head",
