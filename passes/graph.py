@@ -115,7 +115,10 @@ def replace_outputs(node: fx.Node, outputs: Sequence[Any]) -> None:
 
 
 def replace(node: fx.Node, other: fx.Node) -> None:
-    """Let `other` stand in for `node`, and erase it."""
+    """Let `other` stand in for `node`, and erase it. `other` was written where `node` was."""
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in node.meta:
+            other.meta.setdefault(key, node.meta[key])
     node.replace_all_uses_with(other)
     node.graph.erase_node(node)
 

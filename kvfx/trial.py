@@ -1,0 +1,82 @@
+"""Trace a model for its report and run nothing; also a model of which there is only the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, fx
+
+from kvfx import passes
+from kvfx.engine import Engine, StepKey
+from kvfx.errors import InputError, KvfxError, UnsupportedModel
+from kvfx.model import compressed
+from kvfx.passes.plan import Plan
+from kvfx.passes.report import Report
+from kvfx.policy import Policy
+
+LENGTH = 32  # tokens of a prompt that is made up; lengths are symbols in the trace, so any would do that is not special
+# What is said of a model made by `outline`.
+OUTLINE = "Traced from config.json on the meta device; no weights were read. Quantised layers and adapters are not in it."
+
+
+class _Traced(KvfxError):
+    """The graph was traced and rewritten; nothing more is wanted of it."""
+
+
+class _Trial(Engine):
+    """An engine that stops where the others hand the rewritten graph to a backend. What is left alone is not judged."""
+
+    def _rewrite(self, key: StepKey) -> Callable[[fx.GraphModule], None]:
+        def rewrite(module: fx.GraphModule) -> None:
+            self.reports.setdefault(key, []).append(passes.run(module, key.plan))
+            raise _Traced
+
+        return rewrite
+
+
+def trace(model: Any, policy: Policy, plan: Plan, ids: Tensor | None = None, mask: Tensor | None = None) -> Report:
+    """The report on the prefill of `model`.
+
+    Args:
+        model: a transformers decoder; its parameters may be on the meta device.
+        policy: what to keep, and `plan`, what it was lowered to.
+        ids: the prompt, [B, S]; only its shape matters. Without it, one is made up.
+        mask: which of its tokens are real, [B, S].
+    """
+    if ids is None:
+        ids = torch.zeros(1, max(LENGTH, policy.least_tokens), dtype=torch.long, device=model.device)
+    engine = _Trial(type(model).__name__, "eager")
+    try:
+        compressed(model, policy, plan, engine, "warn").compress(ids, mask)
+    except _Traced:
+        pass
+    (reports,) = engine.reports.values()
+    return reports[-1]
+
+
+def outline(folder: Path, attention: str | None = None) -> Any:
+    """The model that a checkpoint's config describes, on the meta device: shapes, no weights.
+
+    Args:
+        folder: holds a `config.json` of transformers.
+        attention: the attention implementation of transformers, such as "sdpa" or "eager"; without it, the model's default.
+
+    Raises:
+        InputError: there is no config, or transformers cannot make a causal decoder of it.
+        UnsupportedModel: it is an encoder-decoder.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json; expected the folder of a transformers checkpoint, or one with its config")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if config.is_encoder_decoder:
+            raise UnsupportedModel(f"{folder} is an encoder-decoder ({config.model_type}); expected a causal decoder")
+        chosen = {} if attention is None else {"attn_implementation": attention}
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, **chosen).eval()
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"cannot make a causal decoder of the config in {folder}: {error}") from error
