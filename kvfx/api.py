@@ -98,8 +98,10 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
     runner = getattr(model, "_kvfx", None)
     if policy is None:
         if runner is None:
-            name = type(model).__name__
-            raise InputError(f"{name} was not made by kvfx.compile, so it has no policy. Pass one: explain(model, policy='compactor:0.5')")
+            raise InputError(
+                f"{type(model).__name__} was not made by kvfx.compile, so it has no policy. Pass one: "
+                "explain(model, policy='compactor:0.5')"
+            )
         runs = [reports[-1] for key, reports in runner.engine.reports.items() if key.phase == "prefill" and key.plan == runner.plan]
         if runs:
             return Explanation(runner.engine.name, runner.policy, runs[-1])

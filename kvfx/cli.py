@@ -76,9 +76,9 @@ def demo(
 def explain(
     model_dir: Annotated[Path, typer.Argument(help="Folder of a transformers checkpoint; its config.json is enough.")],
     policy: Annotated[list[str] | None, typer.Option(help="A policy to explain; may be repeated.")] = None,
-    attention: Annotated[str | None, typer.Option(help="Attention of transformers: sdpa or eager; else the model's default.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention of transformers, such as sdpa or eager.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here, too; - is standard output.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if a layer that should be compressed is left whole.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if anything is left alone.")] = False,
 ) -> None:
     """Say what a policy would do to a model: every attention site, how it is found and scored, or why it is left alone.
 

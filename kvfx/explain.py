@@ -17,6 +17,7 @@ from rich.text import Text
 
 import kvfx
 from kvfx.params import write_number
+from kvfx.passes.attention import ATTENTION_RULES
 from kvfx.passes.report import Refusal, Report, Site
 from kvfx.policy import Policy
 
@@ -60,7 +61,9 @@ class Explanation:
     def refusals(self) -> list[Refusal]:
         """Every place that was left alone: sites that were found and refused later, then what no rule took."""
         refused = [site for site in self.report.sites if site.refusal]
-        return [Refusal(site.rule, site.refusal, site.name, where=site.where) for site in refused] + self.report.refusals
+        sources = {rule.name: rule.source for rule in ATTENTION_RULES}
+        found = [Refusal(site.rule, site.refusal, site.name, sources.get(site.rule, ""), site.where) for site in refused]
+        return found + self.report.refusals
 
     def budget(self, site: Site) -> str:
         """What the cache layer of `site` keeps, "all" or a share or count of a prompt's S real tokens."""
@@ -101,8 +104,8 @@ class Explanation:
         table = Table(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD)
         windows = any(site.window for site in self.report.sites)
         for column in ("layers", "found as", "heads", *(["window"] if windows else []), "cache", "reads", "score", "keeps"):
-            table.add_column(column)
-        table.add_column("lowered to")
+            table.add_column(column, overflow="fold")
+        table.add_column("lowered to", overflow="fold")
         alike: dict[tuple[str, ...], list[Site]] = {}
         for site in self.report.sites:
             alike.setdefault(_cells(site, windows), []).append(site)
@@ -130,7 +133,7 @@ class Explanation:
             for name, text in (
                 ("  because", one.reason),
                 ("  in", one.where),
-                ("  refused by", f"{one.rule}, {one.source}" if one.source else one.rule),
+                ("  rule", f"{one.rule}, {one.source}" if one.source else one.rule),
                 ("  nearest", one.nearest.removeprefix("nearest: ")),
             ):
                 if text:

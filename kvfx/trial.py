@@ -14,6 +14,7 @@ from kvfx import passes
 from kvfx.engine import Engine, StepKey
 from kvfx.errors import InputError, KvfxError, UnsupportedModel
 from kvfx.model import compressed
+from kvfx.passes import capture
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report
 from kvfx.policy import Policy
@@ -43,9 +44,13 @@ def trace(model: Any, policy: Policy, plan: Plan, ids: Tensor | None = None, mas
 
     Args:
         model: a transformers decoder; its parameters may be on the meta device.
-        policy: what to keep, and `plan`, what it was lowered to.
+        policy: what to keep.
+        plan: what it was lowered to.
         ids: the prompt, [B, S]; only its shape matters. Without it, one is made up.
         mask: which of its tokens are real, [B, S].
+
+    Raises:
+        UnsupportedModel: the model cannot be traced.
     """
     if ids is None:
         ids = torch.zeros(1, max(LENGTH, policy.least_tokens), dtype=torch.long, device=model.device)
@@ -53,7 +58,9 @@ def trace(model: Any, policy: Policy, plan: Plan, ids: Tensor | None = None, mas
     try:
         compressed(model, policy, plan, engine, "warn").compress(ids, mask)
     except _Traced:
-        pass
+        pass  # as it should be
+    except capture.CompileError as error:
+        raise UnsupportedModel(f"{engine.name} cannot be traced: {str(error).strip().splitlines()[0]}") from error
     (reports,) = engine.reports.values()
     return reports[-1]
 
