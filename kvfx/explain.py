@@ -62,7 +62,9 @@ class Explanation:
         """Every place that was left alone: sites that were found and refused later, then what no rule took."""
         refused = [site for site in self.report.sites if site.refusal]
         sources = {rule.name: rule.source for rule in ATTENTION_RULES}
-        found = [Refusal(site.rule, site.refusal, site.name, sources.get(site.rule, ""), site.where) for site in refused]
+        found = [
+            Refusal(site.rule, site.refusal, site.name, sources.get(site.rule, ""), where=site.where) for site in refused
+        ]
         return found + self.report.refusals
 
     def budget(self, site: Site) -> str:
@@ -134,7 +136,7 @@ class Explanation:
                 ("  because", one.reason),
                 ("  in", one.where),
                 ("  rule", f"{one.rule}, {one.source}" if one.source else one.rule),
-                ("  nearest", one.nearest.removeprefix("nearest: ")),
+                ("  nearest", one.nearest),
             ):
                 if text:
                     grid.add_row(Text(name), Text(text))

@@ -26,16 +26,16 @@ class Refusal:
         reason: why.
         node: the place in the graph.
         source: file and line of the rule's pattern.
-        where: module, file and line of the place in the model; see `passes.where`.
         nearest: how far the nearest pattern fitted, where none fitted whole.
+        where: module, file and line of the place in the model; see `passes.where`.
     """
 
     rule: str
     reason: str
     node: str
     source: str = ""
-    where: str = ""
     nearest: str = ""
+    where: str = ""
 
 
 @dataclass

@@ -226,7 +226,7 @@ def test_refusals_that_are_alike_are_one_with_everything_said(width):
     refused = [
         Refusal(
             "eager", f"`softmax_{n}` is over axis 1 of [b, h], expected the last", f"matmul_{n}", "kvfx.passes.attention.eager:40",
-            f"model.layers.{n}.self_attn: {code}", "nearest: rule eager fitted 5 of 8 ops, then `tanh` where add was expected",
+            "rule eager fitted 5 of 8 ops, then `tanh` where add was expected", f"model.layers.{n}.self_attn: {code}",
         )
         for n in range(3)
     ]  # fmt: skip
