@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfx import hf
+from kvfx import hf, trial
 from kvfx.engine import engine_of
 from kvfx.errors import InputError, PolicyError
 from kvfx.explain import Explanation
@@ -16,7 +16,6 @@ from kvfx.lower import lower
 from kvfx.model import compressed
 from kvfx.passes.capture import BACKENDS
 from kvfx.policy import Policy, as_policy
-from kvfx.trial import trace
 
 
 def compile(
@@ -109,6 +108,10 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
     else:
         base, chosen = hf.unwrap(model), as_policy(policy)
         plan = lower(chosen)
-    ids = inputs if inputs is None or isinstance(inputs, Tensor) else inputs["input_ids"]
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return Explanation(type(base).__name__, chosen, trace(base, chosen, plan, ids, mask))
+    if inputs is None:
+        inputs = trial.prompt(base, chosen)
+    ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
+    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    name = type(base).__name__
+    report = trial.trace(name, lambda engine: compressed(base, chosen, plan, engine, "warn").compress(ids, mask))
+    return Explanation(name, chosen, report)

@@ -49,30 +49,37 @@ class Explanation:
 
     @property
     def layers(self) -> int:
-        """Cache layers; attention sites where the policy keeps everything, so that the graph marks no cache layer."""
-        return self.report.layers or len(self.report.sites)
+        """Cache layers without those of sliding windows; where nothing is evicted, so that none is marked, attention sites."""
+        return self.report.layers or len(self.report.sites) - self.windows
+
+    @property
+    def windows(self) -> int:
+        """Attention sites with a sliding window, which no policy touches."""
+        return sum(site.window is not None for site in self.report.sites)
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left alone that the policy should have compressed."""
-        return not self.refusals and (self.policy.score is None or self.coverage == 1.0)
+        everything = self.policy.score is None or len(self.report.compressed) == self.layers
+        return bool(self.report.sites) and everything and not self.refusals
 
     @property
     def refusals(self) -> list[Refusal]:
         """Every place that was left alone: sites that were found and refused later, then what no rule took."""
         refused = [site for site in self.report.sites if site.refusal]
         sources = {rule.name: rule.source for rule in ATTENTION_RULES}
-        found = [
-            Refusal(site.rule, site.refusal, site.name, sources.get(site.rule, ""), where=site.where) for site in refused
-        ]
+        found = [Refusal(site.rule, site.refusal, site.name, sources.get(site.rule, ""), where=site.where) for site in refused]
         return found + self.report.refusals
 
     def budget(self, site: Site) -> str:
-        """What the cache layer of `site` keeps, "all" or a share or count of a prompt's S real tokens."""
+        """What the cache layer of `site` keeps: "all", the model's own window, or a share or count of a prompt's S real tokens."""
         budget = self.policy.budget
-        if budget is None or site not in self.report.compressed:
+        if site.window is not None:
+            return f"window of {site.window}"
+        if budget is None or site.layer not in {found.layer for found in self.report.compressed}:
             return "all"
-        counts = self.policy.counts(LONG, self.layers)
+        layers = self.layers + self.windows  # a budget is spread over all layers, though windows take no part
+        counts = self.policy.counts(LONG, layers)
         count = counts[site.layer or 0]
         if budget.keep is None:
             return f"{count} tokens"
@@ -99,24 +106,25 @@ class Explanation:
     @property
     def title(self) -> str:
         """The result in a line."""
-        return f"{self.model} under {self.policy.name}: {len(self.report.compressed)} of {self.layers} layers compressed"
+        title = f"{self.model} under {self.policy.name}: {len(self.report.compressed)} of {self.layers} layers compressed"
+        return f"{title}, besides {self.windows} with sliding windows" if self.windows else title
 
     def found(self) -> Table:
         """One row for all layers that are treated alike."""
         table = Table(title=Text(self.title), title_justify="left", box=box.SIMPLE_HEAD)
-        windows = any(site.window for site in self.report.sites)
-        for column in ("layers", "found as", "heads", *(["window"] if windows else []), "cache", "reads", "score", "keeps"):
+        for column in ("layers", "found as", "heads", "cache", "reads", "score", "keeps"):
             table.add_column(column, overflow="fold")
-        table.add_column("lowered to", overflow="fold")
-        alike: dict[tuple[str, ...], list[Site]] = {}
+        table.add_column("lowered to", no_wrap=True)
+        alike: dict[tuple[Any, ...], list[Site]] = {}
         for site in self.report.sites:
-            alike.setdefault(_cells(site, windows), []).append(site)
-        for cells, sites in alike.items():
+            apart = (site.window, self.budget(site) == "all", COUNTED.sub("", site.refusal))
+            alike.setdefault((apart, *_cells(site)), []).append(site)
+        for (_, *cells), sites in alike.items():
             numbers = _ranges(site.index if site.layer is None else site.layer for site in sites)
             kept = list(dict.fromkeys(self.budget(site) for site in sites))
             budget = kept[0] if len(kept) == 1 else f"{kept[0].split()[0]} to {kept[-1]}"
             lowering = "left whole" if sites[0].refusal else sites[0].lowering
-            table.add_row(*map(Text, (numbers, *cells[1:], budget, lowering)))
+            table.add_row(*map(Text, (numbers, *cells, budget, lowering)))
         return table
 
     def refused(self) -> Table:
@@ -162,13 +170,11 @@ class Explanation:
         return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def _cells(site: Site, windows: bool) -> tuple[str, ...]:
-    """What a site's row says besides its layer and budget; the reason of a refusal first, not shown, keeps rows apart."""
+def _cells(site: Site) -> tuple[str, ...]:
+    """What a site's row says between its layer and its budget."""
     return (
-        COUNTED.sub("", site.refusal),
         f"{site.rule}, {site.spelling}" if site.spelling else site.rule,
         f"{site.heads} q / {site.kv_heads} kv x {site.head_dim}",
-        *([str(site.window or "")] if windows else []),
         site.cache,
         " ".join(site.taps),
         site.score,

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from kvfx import passes
 from kvfx.engine import Engine, StepKey
 from kvfx.errors import InputError, KvfxError, UnsupportedModel
-from kvfx.model import compressed
 from kvfx.passes import capture
-from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report
 from kvfx.policy import Policy
 
@@ -39,30 +37,31 @@ class _Trial(Engine):
         return rewrite
 
 
-def trace(model: Any, policy: Policy, plan: Plan, ids: Tensor | None = None, mask: Tensor | None = None) -> Report:
-    """The report on the prefill of `model`.
+def trace(name: str, prefill: Callable[[Engine], object]) -> Report:
+    """The report on a prefill, which is traced and not run.
 
     Args:
-        model: a transformers decoder; its parameters may be on the meta device.
-        policy: what to keep.
-        plan: what it was lowered to.
-        ids: the prompt, [B, S]; only its shape matters. Without it, one is made up.
-        mask: which of its tokens are real, [B, S].
+        name: of the model, for messages.
+        prefill: runs one prefill on the engine it is given.
 
     Raises:
         UnsupportedModel: the model cannot be traced.
     """
-    if ids is None:
-        ids = torch.zeros(1, max(LENGTH, policy.least_tokens), dtype=torch.long, device=model.device)
-    engine = _Trial(type(model).__name__, "eager")
+    engine = _Trial(name, "eager")
     try:
-        compressed(model, policy, plan, engine, "warn").compress(ids, mask)
+        prefill(engine)
     except _Traced:
         pass  # as it should be
     except capture.CompileError as error:
-        raise UnsupportedModel(f"{engine.name} cannot be traced: {str(error).strip().splitlines()[0]}") from error
+        raise UnsupportedModel(f"{name} cannot be traced: {str(error).strip().splitlines()[0]}") from error
     (reports,) = engine.reports.values()
     return reports[-1]
+
+
+def prompt(model: nn.Module, policy: Policy) -> Tensor:
+    """Token ids to trace a prefill of `model` with, [1, S]."""
+    device = next(model.parameters()).device
+    return torch.zeros(1, max(LENGTH, policy.least_tokens), dtype=torch.long, device=device)
 
 
 def outline(folder: Path, attention: str | None = None) -> Any:
