@@ -19,12 +19,24 @@ class Refuse(Exception):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place that looked like attention and was left exactly as it was."""
+    """A place that looked like attention and was left exactly as it was.
+
+    Attributes:
+        rule: the rule that refused, or the one that came nearest.
+        reason: why.
+        node: the last node of what was refused.
+        source: where the rule's guard is written, file and line.
+        nearest: if no rule fitted whole, how far the nearest one did.
+    """
 
     rule: str
     reason: str
     node: str
     source: str = ""
+    nearest: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.node} ({self.rule}): {self.reason}" + (f"; nearest: {self.nearest}" if self.nearest else "")
 
 
 @dataclass
@@ -89,7 +101,7 @@ class Report:
     def reasons(self) -> list[str]:
         """Why places were left alone, one line each."""
         refused = [f"{site.name} ({site.rule}): {site.refusal}" for site in self.sites if site.refusal]
-        return refused + [f"{refusal.node} ({refusal.rule}): {refusal.reason}" for refusal in self.refusals]
+        return refused + [str(refusal) for refusal in self.refusals]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON-ready data."""
