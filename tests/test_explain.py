@@ -20,7 +20,7 @@ IDS = torch.arange(40)[None]
 
 
 def every_other_eager(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Layer 0 uses scaled_dot_product_attention; layer 1 spells attention out, which no rule knows yet."""
+    """Layer 0 uses scaled_dot_product_attention; layer 1 spells its softmax out, which no rule knows."""
     group, new, held = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     if module.layer_idx == 0:
         mask = torch.ones(new, held, dtype=torch.bool).tril(held - new)
@@ -28,8 +28,8 @@ def every_other_eager(module, query, key, value, attention_mask, scaling=None, *
         return out.transpose(1, 2).contiguous(), None
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     hidden = torch.ones(new, held, dtype=torch.bool).triu(held - new + 1)
-    weights = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), None
+    weights = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden, -torch.inf).exp()
+    return (weights / weights.sum(-1, keepdim=True) @ value).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("every_other_eager", every_other_eager)

@@ -6,6 +6,7 @@ the softmax. Each is one step of a `Chain`, so a rule says what it accepts and `
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,15 +79,17 @@ def differs_by_head(bias: fx.Node) -> bool:
 
 def _is_row_maximum(node: Any, of: Any) -> bool:
     if is_call(node, aten.amax.default):
-        return inputs(node)[0] is of
-    source = inputs(node)[0] if node.args else None
-    return is_call(source, aten.max.dim) and inputs(node)[1] == 0 and inputs(source)[0] is of and inputs(source)[2:] == [True]
+        return inputs(node)[0] is of and inputs(node)[2:] == [True]
+    if not is_call(node, operator.getitem) or inputs(node)[1] != 0:
+        return False
+    source = inputs(node)[0]
+    return is_call(source, aten.max.dim) and inputs(source)[0] is of and inputs(source)[2:] == [True]
 
 
 def weight_step(node: fx.Node) -> Iterator[Step]:
     """What may stand between softmax and the product with values."""
     if is_call(node, *DROPOUT):
-        yield Step("dropout", node, inputs(node)[1:], inputs(node)[0])  # type: ignore[arg-type]
+        yield Step("dropout", node, tuple(inputs(node)[1:]), inputs(node)[0])
     elif is_call(node, *CASTS):
         yield Step("cast", node, (), inputs(node)[0])
     elif moves(node):
