@@ -151,7 +151,7 @@ def _judge(report: Report, model: str, on_refuse: str) -> None:
         refused = "".join(f"\n  {reason}" for reason in report.reasons())
         raise UnsupportedModel(
             f"no attention was recognised in {model}. Found instead: {found}.{refused}\n"
-            "Expected values weighed by a softmax of queries times keys, or scaled_dot_product_attention (attn_implementation='sdpa')."
+            "Expected values weighed by a softmax of queries times keys; try attn_implementation='sdpa'."
         )
     if not report.reasons():
         return

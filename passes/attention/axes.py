@@ -24,6 +24,9 @@ PERMUTES = (
     aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist,
 )  # fmt: skip
 EXPANDS = (aten.expand.default, aten.broadcast_to.default, aten.repeat.default)
+# What takes the type of a tensor, and what takes its shape too, but none of its elements.
+NEW = (aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.new_empty.default)
+LIKE = (aten.ones_like.default, aten.zeros_like.default, aten.full_like.default, aten.empty_like.default)
 # Axes that a view joins, and what they are then.
 JOINED = (("bhg", "n"), ("bH", "n"), ("hg", "H"), ("Hd", "x"))
 
@@ -34,8 +37,13 @@ def shape_of(node: fx.Node) -> tuple[str, ...]:
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """Who reads the elements of `node`; reading a size of it does not count."""
-    return [user for user in node.users if user.op == "output" or not isinstance(val(user), (torch.SymInt, int))]
+    """Who reads the elements of `node`; reading a size of it, or making another tensor of its shape or type, does not count."""
+    return [user for user in node.users if user.op == "output" or not (is_call(user, *LIKE, *NEW) or is_size(user))]
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether `node` is a number, such as a size."""
+    return isinstance(val(node), (torch.SymInt, int))
 
 
 def keeps_values(node: Any) -> bool:

@@ -66,12 +66,14 @@ def _by_letter(equation: str, query: fx.Node, key: fx.Node, node: fx.Node) -> tu
 
 def _asking(letters: list[str], out: str, heads: str, keys: str, sizes: dict[str, Any], equation: str, node: fx.Node) -> str:
     """Which of two letters counts queries; the other counts the heads of a group."""
-    like_keys = [letter for letter in letters if str(sizes[letter]) == str(sizes[keys])]
     growing = [letter for letter in letters if not isinstance(sizes[letter], int)]
-    behind = out[out.index(heads) + 1 : out.index(heads) + 2]
-    for found in (growing, like_keys, [letter for letter in letters if letter != behind]):
-        if len(found) == 1:
-            return found[0]
+    if len(growing) == 1:
+        return growing[0]
+    # Heads of a group usually stand behind their KV head, and queries in front of keys.
+    if out.find(heads + letters[0]) >= 0 and out.find(letters[1] + keys) >= 0:
+        return letters[1]
+    if out.find(heads + letters[1]) >= 0 and out.find(letters[0] + keys) >= 0:
+        return letters[0]
     raise Refuse(f"einsum `{equation}` does not tell which of `{letters[0]}` and `{letters[1]}` counts queries", node)
 
 

@@ -14,6 +14,8 @@ from kvfx.passes.report import Refuse
 
 MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 DIVIDE = (aten.div.Tensor, aten.div.Scalar)
+# What fills a tensor with one number, and which argument that is.
+FULL: dict[Any, int] = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
 # What makes a number of numbers, where a scale is computed in the graph.
 FOLDED = frozenset(
     {
@@ -29,6 +31,8 @@ def number(node: Any) -> float | None:
     """The number that `node` is, if that is known from constants; None if it comes from an input or is no number."""
     if isinstance(node, (int, float)):
         return float(node)
+    if is_call(node, *FULL):
+        return number(inputs(node)[FULL[node.target]])
     value = _folded(node) if is_tensor(node) else None
     return float(value) if value is not None and value.numel() == 1 else None
 

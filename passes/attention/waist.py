@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvfx.passes.attention.axes import mask_on, returned
+from kvfx.passes.attention.axes import NEW, mask_on, returned
 from kvfx.passes.attention.reading import Bias, Reading
 from kvfx.passes.graph import aten, call, is_call, val
 from kvfx.passes.match import Match
@@ -37,6 +37,9 @@ def put_waist(graph: fx.Graph, match: Match, read: Reading, rule: str, spelling:
             result = call(graph, aten.contiguous.default, result)  # as the product was that they view
     node.replace_all_uses_with(result)
     for covered in (node, *sorted(match.nodes, reverse=True)):
+        for user in list(covered.users):
+            if is_call(user, *NEW) and val(match["query"]).dtype == val(covered).dtype:
+                user.replace_input_with(covered, match["query"])
         # In-place ops and dropout are no dead code to FX.
         if not covered._erased and not covered.users:
             graph.erase_node(covered)
