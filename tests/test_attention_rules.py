@@ -88,6 +88,20 @@ def filled(q, k, v, mask, bias, sinks):
     return (q @ rep(k).mT * SCALE).masked_fill(hidden(mask), -torch.inf).softmax(-1) @ rep(v)
 
 
+def floored(q, k, v, mask, bias, sinks):
+    return torch.max(q @ rep(k).mT * SCALE + mask, torch.tensor(torch.finfo(q.dtype).min)).softmax(-1) @ rep(v)
+
+
+def scale_on_projection(q, k, v, mask, bias, sinks):
+    q = (q.transpose(1, 2).flatten(2) * SCALE).view(q.shape[0], -1, HQ, D).transpose(1, 2)
+    return torch.softmax(q @ rep(k).mT + mask, -1) @ rep(v)
+
+
+def sdpa_scale_on_projection(q, k, v, mask, bias, sinks):
+    q = (q.transpose(1, 2).flatten(2) * SCALE).view(q.shape[0], -1, HQ, D).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, rep(k), rep(v), attn_mask=mask, scale=1.0)
+
+
 def filled_in_place(q, k, v, mask, bias, sinks):
     return (q @ rep(k).mT).mul_(SCALE).masked_fill_(hidden(mask), -1e9).softmax(-1) @ rep(v)
 
@@ -207,6 +221,9 @@ SPELLINGS: dict[Spelling, tuple[str, float | None]] = {
     scale_on_both: ("eager", SCALE),
     filled: ("eager", SCALE),
     filled_in_place: ("eager", SCALE),
+    floored: ("eager", SCALE),
+    scale_on_projection: ("eager", SCALE),
+    sdpa_scale_on_projection: ("sdpa", SCALE),
     where_and_added: ("eager", SCALE),
     interleaved: ("eager", SCALE),
     hidden_by_a_mask_like_the_logits: ("eager", SCALE),
