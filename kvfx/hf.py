@@ -65,6 +65,7 @@ def _check(model: nn.Module) -> None:
         raise UnsupportedModel(
             f"{name} has offloading hooks (at `{hooked or 'the model'}`), which are not supported. Load it without."
         )
+    windows(model)
 
 
 def clone(model: transformers.PreTrainedModel, mixin: type) -> Any:
