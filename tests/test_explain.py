@@ -87,7 +87,8 @@ def test_an_explanation_is_a_table_and_json():
     ):
         assert word in text
     data = explanation.as_dict()
-    assert json.loads(json.dumps(data)) == {**data, "sites": [{**site, "taps": list(site["taps"]), "unseen": []} for site in data["sites"]]}
+    sites = [{**site, "taps": list(site["taps"]), "unseen": []} for site in data["sites"]]
+    assert json.loads(json.dumps(data)) == {**data, "sites": sites}
     assert all("sdpa_attention.py" in site["where"] for site in data["sites"])
     assert data["policy"] == str(compiled._kvfx.policy)
     assert data["coverage"] == 1.0

@@ -222,10 +222,12 @@ def test_what_is_no_decoder_is_refused(what):
         kvfx_compile(make())
 
 
-def test_greedy_text_of_a_model_in_eager_attention_is_the_error_before_any_output():
-    model = kvfx_compile(fresh_llama(attention="eager"))
-    with pytest.raises(kvfx.UnsupportedModel, match=r"(?s)Found instead: .*softmax.*attn_implementation='sdpa'"):
-        model.generate(CONTEXT, **GREEDY)
+def test_a_model_in_eager_attention_keeps_and_says_the_same():
+    eager = fresh_llama(attention="eager", num_hidden_layers=1)
+    eager.load_state_dict(llama().state_dict())
+    model = kvfx_compile(eager)
+    assert torch.equal(model.compress(CONTEXT).layers[0].positions, compiled(HALF).compress(CONTEXT).layers[0].positions)
+    assert torch.equal(model.generate(CONTEXT, **GREEDY), compiled(HALF).generate(CONTEXT, **GREEDY))
 
 
 def test_eval_and_train_false_return_the_model():
