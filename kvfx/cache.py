@@ -35,6 +35,8 @@ class Cache(transformers.Cache):
         croppable: last tokens of which every layer holds a slot in every row, so that `crop` is exact.
         fingerprint: what identifies the model, or None until the cache is saved or compared.
         owner: the model that made the cache, or None if only its fingerprint is known.
+        form: how a decoder that is no transformers model keeps its past (see `kvfx.form`), or None.
+        others: the tensors of such a past that are neither keys nor values.
     """
 
     layout = "dense"
@@ -48,6 +50,8 @@ class Cache(transformers.Cache):
         self.croppable = 0
         self.fingerprint: dict[str, Any] | None = None
         self.owner: Any = None
+        self.form: Any = None
+        self.others: list[Tensor] = []
         # What the forwards saw, joined when it is read. None: the ids are not known; no token was padding.
         self._ids: list[Tensor] | None = []
         self._real: list[Tensor] | None = None
