@@ -224,7 +224,7 @@ class DecoderRunner:
             check_finite(cache, self.policy)
         tokens = leaves[call.tokens]
         ids = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
-        cache.took(ids, None, seen, tokens.shape[1])
+        cache.took(ids, None, seen, tokens.shape[1], held or [0] * len(cache.layers))
         returned = tree.leaves_of(out)
         part = slice(first, first + tree.count(spec))
         cache.form, cache.others = form_of(spec, returned[part], roles[part], cache.get_seq_length())

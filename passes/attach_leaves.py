@@ -20,44 +20,44 @@ from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report, Site
 from kvfx.passes.stores import drop_unread
 
-Marks = dict[fx.Node, list[tuple[fx.Node, Order]]]  # by the tensor that they mark, whatever the order of its axes
+Mark = tuple[fx.Node, Order]  # and the order in which it sees the axes of what it marks
 
 
 def attach_leaves(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Replace every `cache_leaf`: by a `cache_write` or the grown slots where the tensor is keys or values of a site."""
     graph = module.graph
-    marks: Marks = {}
+    marks: dict[fx.Node, list[Mark]] = {}
     for mark in graph.find_nodes(op="call_function", target=MARK):
         tensor, order = peel(inputs(mark)[0])
         marks.setdefault(tensor, []).append((mark, order))
     if not marks:
         return
-    layers: dict[fx.Node, int] = {}  # by the tensor that holds a layer's keys
+    layer = 0
     for site in report.sites:
-        key, value = (peel(node)[0] for node in inputs(site.nodes["attention"])[1:3])
-        if key in marks and value in marks and key not in layers:
-            layers[key] = _attach(graph, site, marks, len(layers))
-    for rest in marks.values():
-        for mark, _ in rest:
-            if not mark._erased:
-                with graph.inserting_before(mark):
-                    nothing = call(graph, aten.empty.memory_format, [0], device=val(inputs(mark)[0]).device)
-                    replace_outputs(mark, [nothing] * 3 + [_role(graph, Role("other"))])
+        keys, values = (peel(node)[0] for node in inputs(site.nodes["attention"])[1:3])
+        # Of sites that read the same keys, the first makes the choice; keys that are the values too are none of these forms.
+        if keys in marks and values in marks and keys is not values:
+            _attach(graph, site, marks.pop(keys), marks.pop(values), layer)
+            layer += 1
+    for mark, _ in (mark for rest in marks.values() for mark in rest):
+        with graph.inserting_before(mark):
+            nothing = call(graph, aten.empty.memory_format, [0], device=val(inputs(mark)[0]).device)
+            replace_outputs(mark, [nothing] * 3 + [_role(graph, Role("other"))])
     graph.eliminate_dead_code()
     drop_unread(graph)
 
 
-def _attach(graph: fx.Graph, site: Site, marks: Marks, layer: int) -> int:
-    """Replace the marks on the keys and values that a site reads; the layer that they are."""
+def _attach(graph: fx.Graph, site: Site, key_marks: list[Mark], value_marks: list[Mark], layer: int) -> None:
+    """Replace the marks on the keys and values that a site reads."""
     key, value = inputs(site.nodes["attention"])[1:3]
     past = _past(key)
-    last = max(mark for node in (key, value) for mark, _ in marks[peel(node)[0]])
+    last = max(mark for mark, _ in key_marks + value_marks)
     positions, sizes = inputs(last)[1:]
     with graph.inserting_before(last if past is None else site.nodes["attention"]):
         nothing = call(graph, aten.empty.memory_format, [0], device=val(key).device)
         if past is not None:
-            read, layer = past, inputs(past)[6]
-            kept, rest = [_grown(graph, read, node, output) for output, node in enumerate((key, value))], [nothing, nothing]
+            layer = inputs(past)[6]
+            kept, rest = [_grown(graph, past, node, output) for output, node in enumerate((key, value))], [nothing, nothing]
         elif sizes:
             write = call(graph, WRITE, key, value, positions, None, sizes[min(layer, len(sizes) - 1)], layer)
             outputs = [call(graph, operator.getitem, write, index) for index in range(4)]
@@ -66,15 +66,14 @@ def _attach(graph: fx.Graph, site: Site, marks: Marks, layer: int) -> int:
             # A copy, because a view would keep all of what it is part of alive.
             kept = [call(graph, aten.clone.default, node, memory_format=torch.contiguous_format) for node in (key, value)]
             rest = [nothing, nothing]
-    for kind, node, stored in (("key", key, kept[0]), ("value", value, kept[1])):
-        tensor, order = peel(node)
-        for mark, leaf_order in marks[tensor]:
+    for kind, node, stored, marks in (("key", key, kept[0], key_marks), ("value", value, kept[1], value_marks)):
+        order = peel(node)[1]
+        for mark, leaf_order in marks:
             role = Role(kind, layer, mark.meta.get("capacity", 0), tuple(order.index(axis) for axis in leaf_order))
             leaf = mark.meta.get("leaf", inputs(mark)[0])
             with graph.inserting_before(mark):
                 replace_outputs(mark, [stored, *rest, _role(graph, role)])
             graph.output_node().replace_input_with(leaf, stored)
-    return layer
 
 
 def _past(key: fx.Node) -> fx.Node | None:
