@@ -142,8 +142,8 @@ class DecoderRunner:
         call = _call_of(tree.spec_of((args, kwargs)), leaves)
         tokens = leaves[call.tokens]
         batch, length = tokens.shape[:2]
-        cache = leaves[call.past] if call.past >= 0 else None
-        held = self._check(cache, batch)
+        cache: Any = leaves[call.past] if call.past >= 0 else None
+        held = 0 if cache is None else self._check(cache, batch)
         _refuse_padding(leaves, call, held)
         if cache is not None:
             leaves[call.past] = None
@@ -154,9 +154,8 @@ class DecoderRunner:
             raise InputError(f"{self.policy.name} scores prompts of at least {self.policy.least_tokens} tokens, got {length}")
         return self._prefill(call, leaves)
 
-    def _check(self, cache: Any, batch: int) -> int:
-        if cache is None:
-            return 0
+    def _check(self, cache: Cache, batch: int) -> int:
+        """The tokens that a cache has seen, if it may be given to this decoder with so many rows."""
         if cache.form is None:
             raise CacheMismatch(
                 "this cache does not say in which form the decoder keeps its past: it was not made by model.prefill of a decoder such as "
@@ -242,8 +241,10 @@ class DecoderRunner:
                 "returns its past, [B, heads, tokens, channels] in any order, in tuples, lists, dicts, named tuples, dataclasses or "
                 "classes registered with torch.utils._pytree."
             )
-        if past is not None and {tuple(roles[index]) for index in found} != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"}:
-            raise UnsupportedModel(f"{name} returns other keys and values behind a past than it did of the prompt")
+        if past is not None:
+            returned = {tuple(role) for role in roles if role is not None and role.kind != "other"}
+            if returned != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"}:
+                raise UnsupportedModel(f"{name} returns other keys and values, behind a past, than it did of the prompt")
         element = tree.element_with(spec, found)
         if element is None:
             raise UnsupportedModel(

@@ -82,7 +82,10 @@ def _past(key: fx.Node) -> fx.Node | None:
     if not is_call(cat, aten.cat.default):
         return None
     past, _ = peel(inputs(cat)[0][0])
-    return past.args[0] if is_call(past, operator.getitem) and is_call(past.args[0], READ) else None
+    if not is_call(past, operator.getitem) or not is_call(past.args[0], READ):
+        return None
+    read: fx.Node = inputs(past)[0]
+    return read
 
 
 def _grown(graph: fx.Graph, read: fx.Node, joined: fx.Node, output: int) -> fx.Node:

@@ -77,7 +77,8 @@ def _part(node: Any) -> tuple[fx.Node, tuple[int, Any, Any] | None]:
     """The tensor below all slices, and the one part of it that they leave: axis, start and end."""
     parts = []
     while is_call(node, aten.slice.Tensor):
-        below, axis, start, end, step = (*inputs(node), *(0, None, None, 1)[len(node.args) - 1 :])
+        defaults: list[Any] = [None, 0, None, None, 1]
+        below, axis, start, end, step = inputs(node) + defaults[len(node.args) :]
         if not is_whole_slice(node) and str(val(node).shape) != str(val(below).shape):
             parts.append((axis % val(node).dim(), 0 if start is None else start, end, step))
         node = below
