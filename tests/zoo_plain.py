@@ -55,6 +55,19 @@ def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved pairs, heads behind tokens: [B, S, H, D]."""
+    even, odd = x[..., ::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Two halves, heads in front of tokens: [B, H, S, D]."""
+    a, b = x.chunk(2, -1)
+    return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
+
+
 # -- nanoGPT: fused projection, learned positions counted from the past, a tuple of tuples ------------------------------------------
 
 
@@ -105,8 +118,8 @@ class EinsumBlock(Block):
         h = self.norm_1(x)
         q, k, v = (part(h).view(B, S, -1, DIM) for part in (self.q, self.k, self.v))
         start = 0 if past is None else past["k"].shape[1]
-        cos, sin = rope(torch.arange(start, start + S))
-        q, k = (self.rotate(part, cos[:, None], sin[:, None]) for part in (q, k))
+        angles = rope(torch.arange(start, start + S))
+        q, k = apply_rotary_emb(q, *angles), apply_rotary_emb(k, *angles)
         if past is not None:
             k, v = torch.cat([past["k"], k], 1), torch.cat([past["v"], v], 1)
         T = k.shape[1]
@@ -115,11 +128,6 @@ class EinsumBlock(Block):
         weights = torch.softmax(logits.masked_fill(hidden, -torch.inf), -1)
         y = torch.einsum("bkgst,btkd->bskgd", weights, v)
         return self.feed(x + self.out(y.reshape(B, S, -1))), {"k": k, "v": v}
-
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        even, odd = x[..., ::2], x[..., 1::2]
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
 class Einsum(Decoder):
@@ -174,19 +182,14 @@ class FlatBlock(Block):
         h = self.norm_1(x)
         q, k, v = heads_first(self.q(h), HEADS), heads_first(self.k(h), KV_HEADS), heads_first(self.v(h), KV_HEADS)
         start = 0 if k_past is None else k_past.shape[2]
-        cos, sin = (torch.cat([part, part], -1) for part in rope(torch.arange(start, start + S)))
-        q, k = (part * cos + self.half(part) * sin for part in (q, k))
+        angles = rope(torch.arange(start, start + S))
+        q, k = apply_rotary_pos_emb(q, *angles), apply_rotary_pos_emb(k, *angles)
         if k_past is not None:
             k, v = torch.cat([k_past, k], 2), torch.cat([v_past, v], 2)
         mask = None if S == 1 else torch.full((S, k.shape[2]), -torch.inf).triu(k.shape[2] - S + 1)
         full = [part[:, :, None].expand(-1, -1, HEADS // KV_HEADS, -1, -1).reshape(B, HEADS, -1, DIM) for part in (k, v)]
         y = F.scaled_dot_product_attention(q, *full, attn_mask=mask)
         return self.feed(x + self.out(y.transpose(1, 2).reshape(B, S, -1))), k, v
-
-    @staticmethod
-    def half(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return torch.cat([-b, a], -1)
 
 
 class Flat(Decoder):
@@ -254,8 +257,8 @@ class BufferBlock(Block):
         B, S, _ = x.shape
         h, end = self.norm_1(x), start + S
         q, k, v = heads_first(self.q(h), HEADS), heads_first(self.k(h), KV_HEADS), heads_first(self.v(h), KV_HEADS)
-        cos, sin = (torch.cat([part, part], -1) for part in rope(torch.arange(start, end)))
-        q, k = (part * cos + FlatBlock.half(part) * sin for part in (q, k))
+        angles = rope(torch.arange(start, end))
+        q, k = apply_rotary_pos_emb(q, *angles), apply_rotary_pos_emb(k, *angles)
         k_buffer[:, :, start:end], v_buffer[:, :, start:end] = k, v
         mask = torch.ones(S, end, dtype=torch.bool).tril(start)
         y = F.scaled_dot_product_attention(q, k_buffer[:, :, :end], v_buffer[:, :, :end], attn_mask=mask, enable_gqa=True)
