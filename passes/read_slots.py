@@ -28,8 +28,7 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             _swap(site)
         except Refuse as refuse:
             site.refusal = refuse.reason
-    tapped = {node for site in report.sites for node in site.nodes.values()}  # some are made for a score that is yet to come
-    module.graph.eliminate_dead_code(lambda node: node in tapped or node.is_impure())
+    module.graph.eliminate_dead_code()
     for read in module.graph.find_nodes(op="call_function", target=READ):
         keys, values, *_, layer, _, whole = inputs(read)
         if whole:
