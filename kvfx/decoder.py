@@ -81,8 +81,8 @@ class CompressedDecoder(nn.Module):
     """What `kvfx.compile` returns for a decoder that is no transformers model.
 
     Called as the decoder itself is. Without a past it compresses; a `kvfx.Cache` where the decoder takes its past is decoded from, new
-    tokens are appended whole. What the decoder returns as its past is replaced by a `kvfx.Cache`: the element of its output that holds
-    all keys and values. The cache that was given stays as it was, as a past does.
+    tokens are appended whole. What the decoder returns as its past is replaced by a `kvfx.Cache`: the largest element of its output
+    that holds all keys and values, but not all else. The cache that was given stays as it was, as a past does.
 
     The first tensor among the arguments that has two axes or more is taken for the new tokens, `[B, S]` or `[B, S, hidden]`. Rows have
     equal lengths: padding is refused where a mask shows it.
@@ -209,7 +209,9 @@ class DecoderRunner:
         out, marks, seen = self.engine.run_step(key, step, self.base, call, leaves, past, cache.lengths_seen, sizes)
         roles = [None if mark is None else role_of(mark[3]) for mark in marks]
         held = [layer.slots for layer in cache.layers]
-        first, spec = self._element(out, roles, past)
+        spec, returned = tree.spec_of(out), tree.leaves_of(out)
+        path, first = self._element(spec, returned, roles, past)
+        part = slice(first, first + tree.count(tree.at(spec, path)))
         for role, mark in zip(roles, marks, strict=True):
             if role is None or role.kind == "other":
                 continue
@@ -224,17 +226,19 @@ class DecoderRunner:
         tokens = leaves[call.tokens]
         ids = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
         cache.took(ids, None, seen, tokens.shape[1], held or [0] * len(cache.layers))
-        returned = tree.leaves_of(out)
-        part = slice(first, first + tree.count(spec))
-        cache.form, cache.others = form_of(spec, returned[part], roles[part], cache.get_seq_length())
+        cache.form, cache.others = form_of(tree.at(spec, path), returned[part], roles[part], cache.get_seq_length())
         if past is None and on_refuse == "warn" or sizes:
             self._judge(cache)
-        return tree.replace_element(tree.spec_of(out), returned, first, cache)
+        returned[part] = [cache]
+        return tree.build(tree.without(spec, path), returned)
 
-    def _element(self, out: Any, roles: Sequence[Role | None], past: Past | None) -> tuple[int, Spec]:
-        """The first leaf and the shape of the element of `out` that is the decoder's past."""
+    def _element(
+        self, spec: Spec, returned: list[Any], roles: Sequence[Role | None], past: Past | None
+    ) -> tuple[list[int], int]:
+        """The way to the element of the output that is the decoder's past, and its first leaf."""
+        name = self.engine.name
         found = [index for index, role in enumerate(roles) if role is not None and role.kind != "other"]
-        name, spec = self.engine.name, tree.spec_of(out)
+        others = [index for index, leaf in enumerate(returned) if isinstance(leaf, Tensor) and index not in found]
         if not found:
             raise UnsupportedModel(
                 f"{name} returns no keys and values that an attention reads, so there is no cache to compress. Expected a decoder that "
@@ -245,7 +249,7 @@ class DecoderRunner:
             returned = {tuple(role) for role in roles if role is not None and role.kind != "other"}
             if returned != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"}:
                 raise UnsupportedModel(f"{name} returns other keys and values, behind a past, than it did of the prompt")
-        element = tree.element_with(spec, found)
+        element = tree.element_with(spec, found, others)
         if element is None:
             raise UnsupportedModel(
                 f"{name} returns its keys and values as several results, so that no one of them can be replaced by a cache. Expected "

@@ -112,23 +112,35 @@ def count(spec: Spec) -> int:
     return 1 if spec.kind == "leaf" else sum(count(child) for child in spec.children)
 
 
-def element_with(spec: Spec, wanted: Sequence[int]) -> tuple[int, Spec] | None:
-    """The child of the root that holds all `wanted` leaves, by its first leaf's index and shape; None if no one child does."""
-    first = 0
-    for child in spec.children:
-        if first <= min(wanted) and max(wanted) < first + count(child):
-            return first, child
-        first += count(child)
-    return None
+def element_with(spec: Spec, wanted: Sequence[int], others: Sequence[int]) -> tuple[list[int], int] | None:
+    """The largest subtree that holds all `wanted` leaves and not all of `others`, by the way to it and its first leaf's index.
+
+    None if there is none, because the smallest that holds the wanted ones holds all the others too.
+    """
+    path, first = list[int](), 0
+    while set(others) and all(first <= other < first + count(spec) for other in others):
+        start = first
+        for place, child in enumerate(spec.children):
+            if start <= min(wanted) and max(wanted) < start + count(child):
+                path, first, spec = [*path, place], start, child
+                break
+            start += count(child)
+        else:
+            return None
+    return path, first
 
 
-def replace_element(spec: Spec, leaves: list[Any], first: int, new: Any) -> Any:
-    """The tree with the child of the root that begins with leaf `first` replaced by the leaf `new`."""
-    start, children, kept = 0, [], list[Any]()
-    for child in spec.children:
-        size = count(child)
-        is_replaced = start == first and size > 0
-        children.append(LEAF if is_replaced else child)
-        kept += [new] if is_replaced else leaves[start : start + size]
-        start += size
-    return build(spec._replace(children=tuple(children)), kept)
+def at(spec: Spec, path: Sequence[int]) -> Spec:
+    """The shape of the subtree that a way leads to."""
+    for place in path:
+        spec = spec.children[place]
+    return spec
+
+
+def without(spec: Spec, path: Sequence[int]) -> Spec:
+    """The shape with a leaf in place of the subtree that a way leads to."""
+    if not path:
+        return LEAF
+    children = list(spec.children)
+    children[path[0]] = without(children[path[0]], path[1:])
+    return spec._replace(children=tuple(children))

@@ -36,7 +36,6 @@ class Decoder(nn.Module):
 
     block: type[Block] = Block
     layers = LAYERS
-    names: tuple[str, str] = ("ids", "past")
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +185,7 @@ class FlatBlock(Block):
         q, k = apply_rotary_pos_emb(q, *angles), apply_rotary_pos_emb(k, *angles)
         if k_past is not None:
             k, v = torch.cat([k_past, k], 2), torch.cat([v_past, v], 2)
-        mask = None if S == 1 else torch.full((S, k.shape[2]), -torch.inf).triu(k.shape[2] - S + 1)
+        mask = None if S == 1 else torch.full((S, k.shape[2]), -torch.inf, dtype=x.dtype).triu(k.shape[2] - S + 1)
         full = [part[:, :, None].expand(-1, -1, HEADS // KV_HEADS, -1, -1).reshape(B, HEADS, -1, DIM) for part in (k, v)]
         y = F.scaled_dot_product_attention(q, *full, attn_mask=mask)
         return self.feed(x + self.out(y.transpose(1, 2).reshape(B, S, -1))), k, v
@@ -273,7 +272,8 @@ class Preallocated(Decoder):
         B, S = tokens.shape
         if cache is None:
             shape = (B, KV_HEADS, self.room, DIM)
-            cache = Buffers([torch.zeros(shape) for _ in self.blocks], [torch.zeros(shape) for _ in self.blocks])
+            dtype = self.embed.weight.dtype
+            cache = Buffers(*([torch.zeros(shape, dtype=dtype) for _ in self.blocks] for _ in range(2)))
         x = self.embed(tokens)
         for block, k, v in zip(self.blocks, cache.k, cache.v, strict=True):
             x = block(x, k, v, cache.length)
@@ -307,21 +307,28 @@ class Shared(Decoder):
 
 @dataclass(frozen=True)
 class Plain:
-    """A decoder of the table: its class, how its forward calls the past, and where its output holds logits and past."""
+    """A decoder of the table: its class, how its forward calls the past, where its output holds logits and past, and its sites."""
 
     model: type[Decoder]
     past: str
     logits: Any = 0
     state: Any = 1
-    sites: int = LAYERS
+    layer_of_site: tuple[int, ...] = (0, 1)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of its cache."""
+        return self.model.block.kv_heads
 
     def parts(self, out: Any) -> tuple[Tensor, Any]:
         """Logits and past of an output."""
-        if isinstance(out, tuple):
-            return out[self.logits], out[self.state]
-        if isinstance(out, dict):
+        if isinstance(out, (tuple, dict)):
             return out[self.logits], out[self.state]
         return getattr(out, self.logits), getattr(out, self.state)
+
+    def run(self, model: Any, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        """Logits and past of a forward, of the decoder itself or of what kvfx made of it."""
+        return self.parts(model(tokens, **({} if past is None else {self.past: past})))
 
 
 PLAIN = {
@@ -331,7 +338,7 @@ PLAIN = {
     "flat tuple": Plain(Flat, "cache"),
     "dataclass": Plain(Stateful, "state", "logits", "state"),
     "preallocated": Plain(Preallocated, "cache"),
-    "shared": Plain(Shared, "past", sites=4),
+    "shared": Plain(Shared, "past", layer_of_site=(0, 0, 1, 1)),
 }
 
 
