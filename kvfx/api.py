@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvfx import hf
-from kvfx.decoder import CompressedDecoder
-from kvfx.engine import Engine, engine_of
+from kvfx import hf, trial
+from kvfx.decoder import CompressedDecoder, DecoderRunner
+from kvfx.engine import engine_of
 from kvfx.errors import InputError, PolicyError
 from kvfx.explain import Explanation
 from kvfx.lower import lower
@@ -30,17 +30,18 @@ def compile(
     """Return a model whose KV caches keep only what `policy` chooses.
 
     Args:
-        model: a causal decoder, in eval mode: of transformers, also one that is compiled, weight-only quantised, or adapted by peft;
-            or any `nn.Module` that takes its past keys and values and returns them grown. It is not modified; parameters are shared.
+        model: a causal decoder, in eval mode: of transformers, also one that is compiled, weight-only quantised, or adapted by
+            peft; or any `nn.Module` that takes its past keys and values and returns them grown. It is not modified; parameters are
+            shared.
         policy: what to keep; text such as `"compactor:0.5"`, a `Policy`, or its dict form. See docs/policy.md.
         backend: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         sketch: per layer a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` for leverage scores, instead of the drawn ones.
         on_refuse: what to do about an attention site that is not understood: "warn" leaves it whole, "error" raises.
 
     Returns:
-        A model of the same class with `compress`, and `generate` on compressed caches; for a module that is not of transformers, a
-        `CompressedDecoder` with `prefill`. Nothing is compiled before it is called; models compiled from the same `model` share their
-        graphs.
+        A model of the same class with `compress`, and `generate` on compressed caches; for a module that is not of transformers,
+        a `CompressedDecoder` with `prefill`. Nothing is compiled before it is called; models compiled from the same `model` share
+        their graphs.
 
     Raises:
         PolicyError: the policy is unknown, malformed or contradicts itself.
@@ -54,7 +55,7 @@ def compile(
     base = hf.unwrap(model)
     if not hf.is_transformers(base):
         if sketch is not None:
-            raise PolicyError("sketches are taken for transformers decoders only; leave sketch out, and they are drawn from the seed")
+            raise PolicyError("sketches are taken for transformers decoders only; leave sketch out, and they are drawn")
         return CompressedDecoder(base, chosen, lower(chosen), engine_of(base, backend), on_refuse)
     sketches = None if sketch is None else _check_sketch(base, chosen, sketch)
     plan = lower(chosen, sketches)
@@ -81,27 +82,49 @@ def _check_sketch(model: Any, policy: Policy, sketch: Sequence[Tensor]) -> tuple
     return tuple(matrix.detach().float() for matrix in sketch)
 
 
-def explain(model: Any, inputs: Any = None) -> Explanation:
-    """Say what was found in a compressed model: every attention site, its score, budget and lowering, or why it was refused.
+def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Policy | None = None) -> Explanation:
+    """Say what a policy does to a model: every attention site, its score, budget and lowering, or why it is left alone.
 
     Args:
-        model: what `compile` returned.
-        inputs: token ids, or a mapping with `input_ids`, for a model that has not run yet: they are traced, not kept.
+        model: what `compile` returned, or with `policy` any model that `compile` takes; its weights may be on the meta device.
+        inputs: token ids, or a mapping with `input_ids`, to trace; of a decoder that is not of transformers its first argument, or
+            a tuple or mapping of arguments. The default is a short prompt that is made up. Only their shapes matter: nothing is
+            run and nothing is kept.
+        policy: what to keep; the default is the policy of a compiled model.
+
+    Returns:
+        What the model's own prefill did if it has run, else what a trace of it says; to print, or `as_dict`. Also where no
+        attention was recognised at all.
 
     Raises:
-        InputError: the model has not run and no inputs were given, or it is no compressed model.
+        InputError: a model that is not compiled was given without a policy.
+        UnsupportedModel: the model is no decoder, or cannot be traced as one graph.
+
+    Cost: none for a model that has run; else one trace, about half a second for each layer.
     """
     runner = getattr(model, "_kvfx", None)
-    if runner is None:
-        raise InputError(f"{type(model).__name__} was not made by kvfx.compile; explain has nothing to tell")
-    engine: Engine = runner.engine
-    reports = [reports[-1] for key, reports in engine.reports.items() if key.phase == "prefill" and key.plan == runner.plan]
-    if not reports:
-        if inputs is None:
-            raise InputError("the model has not run yet; pass inputs (token ids) to explain, or call it first")
-        ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
-        mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
-        trial = compressed(runner.base, runner.policy, runner.plan, Engine(engine.name, "eager"), runner.on_refuse)
-        trial.compress(ids, mask)
-        reports = [reports[-1] for reports in trial._kvfx.engine.reports.values()]
-    return Explanation(engine.name, runner.policy, reports[-1])
+    if policy is None:
+        if runner is None:
+            raise InputError(
+                f"{type(model).__name__} was not made by kvfx.compile, so it has no policy. Pass one: "
+                "explain(model, policy='compactor:0.5')"
+            )
+        runs = [reports[-1] for key, reports in runner.engine.reports.items() if key.phase == "prefill" and key.plan == runner.plan]
+        if runs:
+            return Explanation(runner.engine.name, runner.policy, runs[-1])
+        base, chosen, plan = runner.base, runner.policy, runner.plan
+    else:
+        base, chosen = hf.unwrap(model), as_policy(policy)
+        plan = lower(chosen)
+    if inputs is None:
+        inputs = trial.prompt(base, chosen)
+    name = type(base).__name__
+    if not hf.is_transformers(base):
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+        args = (args,) if isinstance(args, Tensor) else tuple(args)
+        report = trial.trace(name, lambda engine: DecoderRunner(base, chosen, plan, engine, "warn").forward(args, kwargs))
+        return Explanation(name, chosen, report)
+    ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
+    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+    report = trial.trace(name, lambda engine: compressed(base, chosen, plan, engine, "warn").compress(ids, mask))
+    return Explanation(name, chosen, report)

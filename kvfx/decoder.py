@@ -1,11 +1,11 @@
-"""A compressed decoder that uses no transformers code: any `nn.Module` that takes its past keys and values and returns them grown."""
+"""A compressed decoder without transformers code: any `nn.Module` that takes its past keys and values and returns them grown."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvfx import tree
 from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer
+from kvfx.call import Call, call_of, refuse_padding
 from kvfx.engine import STORE_ALL, Engine, StepKey
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import Owner
@@ -25,20 +26,6 @@ from kvfx.passes.report import Stranded
 from kvfx.policy import Policy
 from kvfx.runner import check_finite, check_owner, packed
 from kvfx.tree import Spec
-
-
-class Call(NamedTuple):
-    """The arguments of a forward without their tensors.
-
-    Attributes:
-        spec: the tree of (args, kwargs).
-        past: the leaf where the past stands, -1 if there is none.
-        tokens: the leaf that holds the new tokens, [B, S] or [B, S, hidden].
-    """
-
-    spec: Spec
-    past: int
-    tokens: int
 
 
 def step(
@@ -80,12 +67,12 @@ def _may_be_cache(leaf: Any) -> bool:
 class CompressedDecoder(nn.Module):
     """What `kvfx.compile` returns for a decoder that is no transformers model.
 
-    Called as the decoder itself is. Without a past it compresses; a `kvfx.Cache` where the decoder takes its past is decoded from, new
-    tokens are appended whole. What the decoder returns as its past is replaced by a `kvfx.Cache`: the largest element of its output
-    that holds all keys and values, but not all else. The cache that was given stays as it was, as a past does.
+    Called as the decoder itself is. Without a past it compresses; from a `kvfx.Cache` where the decoder takes its past it goes on,
+    and new tokens are appended whole. What the decoder returns as its past is replaced by a `kvfx.Cache`: the largest element of
+    its output that holds all keys and values, but not all else. The cache that was given stays as it was, as a past does.
 
-    The first tensor among the arguments that has two axes or more is taken for the new tokens, `[B, S]` or `[B, S, hidden]`. Rows have
-    equal lengths: padding is refused where a mask shows it.
+    The first tensor among the arguments that has two axes or more is taken for the new tokens, `[B, S]` or `[B, S, hidden]`. Rows
+    have equal lengths: padding is refused where a boolean mask `[B, S]` or `[B, tokens seen + S]` shows it.
     """
 
     def __init__(self, base: nn.Module, policy: Policy, plan: Plan, engine: Engine, on_refuse: str) -> None:
@@ -139,12 +126,12 @@ class DecoderRunner:
         if self.base.training:
             raise UnsupportedModel("the model is in training mode; call model.eval() first")
         leaves = [packed(leaf) if isinstance(leaf, Tensor) else leaf for leaf in tree.leaves_of((args, kwargs))]
-        call = _call_of(tree.spec_of((args, kwargs)), leaves)
+        call = call_of(tree.spec_of((args, kwargs)), leaves)
         tokens = leaves[call.tokens]
         batch, length = tokens.shape[:2]
         cache: Any = leaves[call.past] if call.past >= 0 else None
         held = 0 if cache is None else self._check(cache, batch)
-        _refuse_padding(leaves, call, held)
+        refuse_padding(leaves, call, held)
         if cache is not None:
             leaves[call.past] = None
             return self._append(cache, call, leaves)
@@ -158,8 +145,8 @@ class DecoderRunner:
         """The tokens that a cache has seen, if it may be given to this decoder with so many rows."""
         if cache.form is None:
             raise CacheMismatch(
-                "this cache does not say in which form the decoder keeps its past: it was not made by model.prefill of a decoder such as "
-                "this. Compress the context again with this one."
+                "this cache does not say in which form the decoder keeps its past: it was not made by model.prefill of such a "
+                "decoder. Compress the context again with this one."
             )
         check_owner(cache, self)
         if cache.batch_size != batch:
@@ -227,33 +214,31 @@ class DecoderRunner:
         ids = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
         cache.took(ids, None, seen, tokens.shape[1], held or [0] * len(cache.layers))
         cache.form, cache.others = form_of(tree.at(spec, path), returned[part], roles[part], cache.get_seq_length())
-        if past is None and on_refuse == "warn" or sizes:
+        if sizes:
             self._judge(cache)
         returned[part] = [cache]
         return tree.build(tree.without(spec, path), returned)
 
-    def _element(
-        self, spec: Spec, returned: list[Any], roles: Sequence[Role | None], past: Past | None
-    ) -> tuple[list[int], int]:
+    def _element(self, spec: Spec, returned: list[Any], roles: Sequence[Role | None], past: Past | None) -> tuple[list[int], int]:
         """The way to the element of the output that is the decoder's past, and its first leaf."""
         name = self.engine.name
         found = [index for index, role in enumerate(roles) if role is not None and role.kind != "other"]
         others = [index for index, leaf in enumerate(returned) if isinstance(leaf, Tensor) and index not in found]
         if not found:
             raise UnsupportedModel(
-                f"{name} returns no keys and values that an attention reads, so there is no cache to compress. Expected a decoder that "
-                "returns its past, [B, heads, tokens, channels] in any order, in tuples, lists, dicts, named tuples, dataclasses or "
-                "classes registered with torch.utils._pytree."
+                f"{name} returns no keys and values that an attention reads, so there is no cache to compress. Expected a decoder "
+                "that returns its past, [B, heads, tokens, channels] in any order, in tuples, lists, dicts, named tuples, "
+                "dataclasses or classes registered with torch.utils._pytree."
             )
         if past is not None:
-            returned = {tuple(role) for role in roles if role is not None and role.kind != "other"}
-            if returned != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"}:
+            known = {tuple(role) for role in roles if role is not None and role.kind != "other"}
+            if known != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"}:
                 raise UnsupportedModel(f"{name} returns other keys and values, behind a past, than it did of the prompt")
         element = tree.element_with(spec, found, others)
         if element is None:
             raise UnsupportedModel(
-                f"{name} returns its keys and values as several results, so that no one of them can be replaced by a cache. Expected "
-                "one element of the output that holds them all, and goes back where the model takes its past."
+                f"{name} returns its keys and values as several results, so that no one of them can be replaced by a cache. "
+                "Expected one element of the output that holds them all, and goes back where the model takes its past."
             )
         return element
 
@@ -262,7 +247,7 @@ class DecoderRunner:
         length = cache.get_seq_length()
         whole = [tuple(tensor.shape) for tensor in cache.others if tensor.dim() > 2 and length in tensor.shape[1:]]
         if whole:
-            text = f"{self.engine.name} returns tensors of shapes {whole} with its past that no attention found reads; they are kept whole"
+            text = f"{self.engine.name} returns, with its past, tensors {whole} that no attention found reads; they are kept whole"
             if self.on_refuse == "error":
                 raise SiteRefused(text + ". Pass on_refuse='warn' to go on with what is understood.")
             warnings.warn(text, stacklevel=2)
@@ -278,28 +263,3 @@ class DecoderRunner:
             self.layers = next(len(leaf.layers) for leaf in out if isinstance(leaf, Cache))
             counts = self.policy.counts(tokens.shape[1], self.layers)
         return [size_of(count, tokens.device) for count in (counts if len(set(counts)) > 1 else counts[:1])]
-
-
-def _call_of(spec: Spec, leaves: list[Any]) -> Call:
-    """Where the past and the new tokens stand among the arguments."""
-    pasts = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Cache)]
-    if len(pasts) > 1:
-        raise CacheMismatch(f"{len(pasts)} caches were given; expected one, where the decoder takes its past")
-    tokens = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() > 1), -1)
-    if tokens < 0 or leaves[tokens].numel() == 0:
-        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-        raise InputError(f"the arguments hold no new tokens, expected [B, S] with B, S > 0; tensors given: {shapes or 'none'}")
-    return Call(spec, pasts[0] if pasts else -1, tokens)
-
-
-def _refuse_padding(leaves: list[Any], call: Call, held: int) -> None:
-    """Padded rows are not supported here; a mask that hides a token of a row is the sign of them."""
-    batch, length = leaves[call.tokens].shape[:2]
-    for index, leaf in enumerate(leaves):
-        if index == call.tokens or not isinstance(leaf, Tensor) or leaf.dtype != torch.bool or leaf.dim() != 2:
-            continue
-        if tuple(leaf.shape) in ((batch, length), (batch, held + length)) and not bool(leaf.all()):
-            raise InputError(
-                f"an argument of shape {tuple(leaf.shape)} masks tokens out. Padded rows are not supported for decoders that are no "
-                "transformers models; run rows of equal length, or one by one."
-            )

@@ -23,8 +23,9 @@ class Form:
 
     Attributes:
         spec: the tree.
-        leaves: what stands at each leaf: ("slots", kind, layer, capacity, axes) as in `passes.cache_leaf.Role`; ("length",), a number
-            that counts the tokens seen; ("tensor", i), the i-th tensor that is neither keys nor values; or ("value", anything else).
+        leaves: what stands at each leaf: ("slots", kind, layer, capacity, axes) as in `passes.cache_leaf.Role`; ("length",), a
+            number that counts the tokens seen; ("tensor", i), the i-th tensor that is neither keys nor values; or ("value", what
+            it is).
     """
 
     spec: Spec
@@ -59,8 +60,8 @@ class Form:
         for leaf in self.leaves:
             if leaf[0] == "value" and not (leaf[1] is None or isinstance(leaf[1], (bool, int, float, str))):
                 raise ArtifactError(
-                    f"the decoder's past holds a {type(leaf[1]).__name__}, which a file cannot describe. Expected tensors, numbers, "
-                    "text or None beside keys and values."
+                    f"the decoder's past holds a {type(leaf[1]).__name__}, which a file cannot describe. Expected tensors, "
+                    "numbers, text or None beside keys and values."
                 )
         return data
 
@@ -147,8 +148,8 @@ def _spec_of_data(data: Any) -> Spec:
     children = tuple(_spec_of_data(child) for child in data["children"])
     if found is None or not tree.is_node_type(found, data["kind"]):
         raise ArtifactError(
-            f"the cache was made by a decoder that keeps its past in {data['type']}, a {data['kind']}, which is not there. Import the "
-            "module that defines it first."
+            f"the cache was made by a decoder that keeps its past in {data['type']}, a {data['kind']}, which is not "
+            "there. Import the module that defines it first."
         )
     keys = data["keys"] if data["kind"] == "registered" else tuple(data["keys"])
     return Spec(data["kind"], found, keys, children)

@@ -22,6 +22,7 @@ from kvfx.passes.read_slots import read_slots
 from kvfx.passes.report import Report
 from kvfx.passes.stores import forward_stores
 from kvfx.passes.verify import verify
+from kvfx.passes.where import locate
 
 PIPELINE = (
     forward_stores,  # before all: what was written to a part of a tensor is then plain to see where it is read
@@ -50,6 +51,7 @@ def run(module: fx.GraphModule, plan: Plan, *, check_each: bool = False) -> Repo
     for apply in PIPELINE:
         start = time.perf_counter()
         apply(module, plan, report)
+        locate(module, report)
         report.seconds[apply.__name__] = time.perf_counter() - start
         if check_each:
             verify(module, plan, report, after=apply.__name__)

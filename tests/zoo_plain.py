@@ -67,7 +67,7 @@ def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
 
 
-# -- nanoGPT: fused projection, learned positions counted from the past, a tuple of tuples ------------------------------------------
+# -- nanoGPT: fused projection, learned positions counted from the past, a tuple of tuples -----------------------------------------
 
 
 class FusedBlock(Block):
@@ -139,7 +139,7 @@ class Einsum(Decoder):
         return {"logits": self.head(self.norm(x)), "state": kept}
 
 
-# -- ALiBi: biases from the number of keys, softmax spelt out -----------------------------------------------------------------------
+# -- ALiBi: biases from the number of keys, softmax spelt out ----------------------------------------------------------------------
 
 
 class AlibiBlock(Block):
@@ -172,7 +172,7 @@ class Alibi(Decoder):
         return self.head(self.norm(x)), kept
 
 
-# -- a flat tuple (k0, v0, k1, v1), RoPE by halves from the length of the past, repeated keys ---------------------------------------
+# -- a flat tuple (k0, v0, k1, v1), RoPE by halves from the length of the past, repeated keys --------------------------------------
 
 
 class FlatBlock(Block):
@@ -202,7 +202,7 @@ class Flat(Decoder):
         return self.head(self.norm(x)), kept
 
 
-# -- a dataclass that is passed and returned, with what was counted beside it -------------------------------------------------------
+# -- a dataclass that is passed and returned, with what was counted beside it ------------------------------------------------------
 
 
 class KeysValues(NamedTuple):
@@ -241,7 +241,7 @@ class Stateful(Decoder):
         return Output(self.head(self.norm(x)), State(layers, seen))
 
 
-# -- a preallocated cache with a Python length ---------------------------------------------------------------------------------------
+# -- a preallocated cache with a Python length -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -280,7 +280,7 @@ class Preallocated(Decoder):
         return self.head(self.norm(x)), Buffers(cache.k, cache.v, cache.length + S)
 
 
-# -- layers that read the keys and values of the layer before them -------------------------------------------------------------------
+# -- layers that read the keys and values of the layer before them -----------------------------------------------------------------
 
 
 class SharedBlock(FlatBlock):
