@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from kvfx.passes.axes import ordered, peel
 from kvfx.passes.graph import VIEWS, aten, is_call, slice_of, val
 from kvfx.passes.report import Refuse
 
@@ -41,8 +42,12 @@ def before_rope(tensor: fx.Node) -> fx.Node:
     Raises:
         Refuse: see `rope_of`.
     """
-    rope = rope_of(tensor)
-    return rope.before if rope is not None else tensor
+    inner, order = peel(tensor)  # RoPE may come before the heads are brought to the front
+    rope = rope_of(inner)
+    if rope is None:
+        return tensor
+    with tensor.graph.inserting_before(tensor):
+        return ordered(rope.before, order)
 
 
 def rope_of(tensor: fx.Node) -> Rope | None:

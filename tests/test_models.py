@@ -210,8 +210,11 @@ NO_DECODERS = {
         r"T5ForConditionalGeneration is no causal decoder: it is an encoder-decoder",
     ),
     "no language head": (lambda: LlamaModel(llama().config).eval(), r"LlamaModel is no causal decoder: it cannot generate"),
-    "wrapped in a module": (lambda: nn.Sequential(llama()), r"Sequential is not a transformers model"),
-    "no module": (lambda: "llama", r"str is not a transformers model"),
+    "wrapped in a module": (
+        lambda: nn.Sequential(llama()),
+        r"Sequential holds a transformers model; give kvfx.compile that LlamaForCausalLM itself",
+    ),
+    "no module": (lambda: "llama", r"str is no model\. Expected a causal decoder"),
 }  # fmt: skip
 
 
