@@ -45,7 +45,8 @@ def step(
         What the module returns; for each leaf of it that may be keys or values, the outputs of `passes.cache_leaf`, else None; the
         tokens seen after it.
     """
-    values = list(leaves)
+    # A decoder may write to what it is given. To copies then, which the passes take out where it does not.
+    values = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     length = values[call.tokens].shape[1]
     positions = (seen[:, None] + torch.arange(length, device=seen.device)).int()
     if past is not None:
@@ -53,7 +54,7 @@ def step(
             torch.ops.kvfx.cache_read(keys, values, prefix, past.start, seen, past.size, index, False, False)
             for index, (keys, values, prefix) in enumerate(past.layers)
         ]
-        values[call.past] = past.form.fill(slots, past.others, slots_of(past.size))
+        values[call.past] = past.form.fill(slots, [other.clone() for other in past.others], slots_of(past.size))
     args, kwargs = tree.build(call.spec, values)
     out = module(*args, **kwargs)
     marks = [torch.ops.kvfx.cache_leaf(leaf, positions, sizes) if _may_be_cache(leaf) else None for leaf in tree.leaves_of(out)]
@@ -243,9 +244,8 @@ class DecoderRunner:
         return element
 
     def _judge(self, cache: Cache) -> None:
-        """Complain about tensors that grow with the prompt and were not understood."""
-        length = cache.get_seq_length()
-        whole = [tuple(tensor.shape) for tensor in cache.others if tensor.dim() > 2 and length in tensor.shape[1:]]
+        """Complain about tensors that may be keys or values and were not understood."""
+        whole = [tuple(tensor.shape) for tensor in cache.others if tensor.dim() > 2 and tensor.is_floating_point()]
         if whole:
             text = f"{self.engine.name} returns, with its past, tensors {whole} that no attention found reads; they are kept whole"
             if self.on_refuse == "error":

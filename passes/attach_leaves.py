@@ -32,13 +32,18 @@ def attach_leaves(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         marks.setdefault(tensor, []).append((mark, order))
     if not marks:
         return
-    layer = 0
+    layer, has_past = 0, bool(graph.find_nodes(op="call_function", target=READ))
     for site in report.sites:
         keys, values = (peel(node)[0] for node in inputs(site.nodes["attention"])[1:3])
         # Of sites that read the same keys, the first makes the choice; keys that are the values too are none of these forms.
-        if keys in marks and values in marks and keys is not values:
-            _attach(graph, site, marks.pop(keys), marks.pop(values), layer)
-            layer += 1
+        if keys not in marks or values not in marks or keys is values or has_past != (_past(keys) is not None):
+            continue
+        held, new = val(inputs(site.nodes["attention"])[1]).shape[2], val(inputs(marks[keys][0][0])[1]).shape[1]
+        if not has_past and str(held) != str(new):
+            site.refusal = f"the keys `{keys.name}` are of {held} tokens, where {new} new ones were given"
+            continue
+        _attach(graph, site, marks.pop(keys), marks.pop(values), layer)
+        layer += 1
     for mark, _ in (mark for rest in marks.values() for mark in rest):
         with graph.inserting_before(mark):
             nothing = call(graph, aten.empty.memory_format, [0], device=val(inputs(mark)[0]).device)

@@ -1,4 +1,4 @@
-"""Preallocated caches: a tensor with room for many tokens, written by slice assignment and read up to the last token.
+"""Caches that are there before any token: with room for many, written by slice assignment and read up to the last; or empty.
 
 What such a read returns is what was held with what was written behind it, and in these words the other passes understand it.
 """
@@ -28,11 +28,16 @@ class Content(NamedTuple):
 
 
 def forward_stores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
-    """Replace reads of what slice assignments wrote by what they wrote; keep the arguments of the graph from being written to."""
+    """Replace reads of what slice assignments wrote by what they wrote; take out copies of arguments that nothing writes to.
+
+    A past that grows may begin empty: what is joined to nothing is itself.
+    """
     graph = module.graph
     contents: dict[fx.Node, Content] = {}
     for node in list(graph.nodes):
-        if is_call(node, COPY):
+        if is_call(node, aten.cat.default):
+            _join_no_empty(node)
+        elif is_call(node, COPY):
             _store(graph, node, contents)
         elif is_call(node, aten.slice.Tensor):
             tensor, part = _part(node)
@@ -45,7 +50,15 @@ def forward_stores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             if isinstance(val(leaf).shape[axis], int):
                 node.meta |= {"leaf": leaf, "capacity": val(leaf).shape[axis]}
                 node.update_arg(0, tensor)
-    _protect_arguments(graph)
+    if graph.find_nodes(op="call_function", target=MARK):
+        _drop_needless_copies(graph)
+
+
+def _join_no_empty(cat: fx.Node) -> None:
+    tensors, axis = (*inputs(cat), 0)[:2]
+    full = [tensor for tensor in tensors if str(val(tensor).shape[axis]) != "0"]
+    if len(full) == 1 < len(tensors) and val(full[0]).dtype == val(cat).dtype:
+        replace(cat, full[0])
 
 
 def _store(graph: fx.Graph, copy: fx.Node, contents: dict[fx.Node, Content]) -> None:
@@ -107,18 +120,22 @@ def _viewed(node: fx.Node) -> fx.Node | None:
     return node.args[0] if first is not None and first.alias_info is not None and isinstance(node.args[0], fx.Node) else None
 
 
-def _protect_arguments(graph: fx.Graph) -> None:
-    """Let what writes to an argument of the graph write to a copy of it."""
-    for place in graph.find_nodes(op="placeholder"):
-        if not isinstance(val(place), Tensor):
-            continue
-        writes = [node for node in graph.find_nodes(op="call_function", target=COPY) if _below(inputs(node)[0]) is place]
-        if writes:
-            users = list(place.users)
-            with graph.inserting_before(min(users)):
-                copy = call(graph, aten.clone.default, place)
-            for user in users:
-                user.replace_input_with(place, copy)
+def _drop_needless_copies(graph: fx.Graph) -> None:
+    """Let what reads a copy of an argument read the argument, if nothing writes to the copy."""
+    written = {_below(inputs(node)[0]) for node in graph.nodes if _writes(node)}
+    for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
+        source: fx.Node = inputs(copy)[0]
+        alike = source.op == "placeholder" and str(val(copy).stride()) == str(val(source).stride())
+        if alike and copy not in written and len(copy.args) == 1 and not copy.kwargs:
+            replace(copy, source)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether `node` writes to its first argument."""
+    if node.op != "call_function" or not hasattr(node.target, "_schema") or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    first = node.target._schema.arguments[0]
+    return first.alias_info is not None and bool(first.alias_info.is_write)
 
 
 def drop_unread(graph: fx.Graph) -> None:

@@ -6,11 +6,12 @@ import copy
 import functools
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kvfx
@@ -19,7 +20,21 @@ import zoo_reference
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.capture import pytree
 from yardstick import assert_within_rounding
-from zoo_plain import DIM, KV_HEADS, PLAIN, VOCABULARY, Buffers, Decoder, Flat, Preallocated, make
+from zoo_plain import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    PLAIN,
+    VOCABULARY,
+    BufferBlock,
+    Buffers,
+    Decoder,
+    Flat,
+    NanoGPT,
+    Preallocated,
+    heads_first,
+    make,
+)
 
 PROMPT, STEPS = 37, (1, 1, 1, 1, 3, 1, 1, 1)
 SCORES = {"knorm": (0, 0), "compactor": (8, 4)}
@@ -176,6 +191,48 @@ def test_an_empty_past_of_the_user_s_is_filled_but_not_written_to():
     assert not any(tensor.any() for tensor in given.k + given.v)
 
 
+class WholeBlock(BufferBlock):
+    """Reads all places of its buffer, those behind the last token hidden by the mask."""
+
+    def forward(self, x: Tensor, k_buffer: Tensor, v_buffer: Tensor, start: int) -> Tensor:
+        h, end = self.norm_1(x), start + x.shape[1]
+        q, k, v = heads_first(self.q(h), HEADS), heads_first(self.k(h), KV_HEADS), heads_first(self.v(h), KV_HEADS)
+        k_buffer[:, :, start:end], v_buffer[:, :, start:end] = k, v
+        mask = torch.arange(k_buffer.shape[2]) <= torch.arange(start, end)[:, None]
+        y = F.scaled_dot_product_attention(q, k_buffer, v_buffer, attn_mask=mask, enable_gqa=True)
+        return self.feed(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+class HalfWhole(Preallocated):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1] = WholeBlock()
+
+
+def test_a_layer_that_reads_its_buffer_whole_keeps_it_whole_and_no_call_writes_to_another_s():
+    model = HalfWhole().eval()
+    twin, exact = kvfx.compile(model, "knorm:1.0", backend="eager"), copy.deepcopy(model).double()
+    with pytest.warns(UserWarning, match=r"tensors \[.*96.*\] that no attention found reads; they are kept whole"):
+        _, cache = twin(tokens())
+    assert len(cache.layers) == 1
+    expected = []
+    for plain in (model, exact):
+        with torch.no_grad():
+            _, past = plain(tokens())
+            plain(tokens(2, 1, 2), past)
+            expected.append(plain(tokens(2, 1, 3), replace(past, length=PROMPT + 1))[0])
+    _, grown = twin(tokens(2, 1, 2), cache)
+    twin(tokens(2, 1, 4), cache)
+    twin(tokens(2, 1, 4), grown)
+    assert_within_rounding(twin(tokens(2, 1, 3), grown)[0], *expected)
+
+
+def test_a_past_may_begin_empty():
+    given = tuple(torch.zeros(2, KV_HEADS, 0, DIM) for _ in range(4))
+    _, cache = compiled("flat tuple", "knorm:0.5").prefill(tokens(), given)
+    assert [layer.positions.tolist() for layer in cache.layers] == [layer.positions.tolist() for layer in cache_of().layers]
+
+
 class Pair:
     """A past whose class is registered, with a number that stands for nothing."""
 
@@ -281,14 +338,21 @@ class NoAttention(Decoder):
         return self.head(self.norm(self.embed(tokens)))
 
 
+class Prefixed(NanoGPT):
+    def forward(self, idx: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        learned = self.embed.weight[: 3 * HEADS, :DIM].reshape(1, HEADS, 3, DIM).expand(idx.shape[0], -1, -1, -1)
+        return super().forward(idx, past or [(learned, learned)] * len(self.blocks))
+
+
 MODULES = {
+    "keys of no token": (Prefixed, "Prefixed returns no keys and values that an attention reads"),
     "no past": (NoPast, "NoPast returns no keys and values that an attention reads"),
     "past in pieces": (Scattered, "Scattered returns its keys and values as several results"),
     "no attention": (NoAttention, "no attention was recognised in NoAttention"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*cache layers of NoPast.*")
+@pytest.mark.filterwarnings("ignore:.*cache layers of (NoPast|Prefixed).*")
 @pytest.mark.parametrize("what", MODULES)
 def test_a_module_that_cannot_be_compressed_is_refused_at_its_first_call(what):
     cls, message = MODULES[what]
