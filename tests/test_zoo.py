@@ -1,0 +1,287 @@
+"""Every family of the zoo, through the public API, against the reference that knows nothing of kvfx.
+
+All checks of a family share its models and graphs; a check that passed says so in its row of docs/models.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import kvfx
+import models_page
+import reference
+import zoo
+import zoo_reference
+from graphs import computed, traced_step
+from kvfx.kernels.leverage import draw_sketch
+from kvfx.passes.attach_cache import attach_cache
+from kvfx.passes.find_attention import find_attention
+from kvfx.passes.plan import OpCall, Plan
+from kvfx.passes.report import Report
+from yardstick import assert_within_rounding
+
+LENGTH, SHORT = 40, 29  # of the prompts; longer than a window, and twice what is protected is less than either
+PROTECTED = {"knorm": (0, 0), "compactor": (8, 4)}
+TAPS = ("query", "key", "value", "pre_query", "pre_key")
+Kept = list[list[list[int]]]  # layer, head, positions
+
+
+class Family:
+    """One row of the zoo: its models, their graphs, and what was found out so far."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+        self.name, self.row = name, zoo.ROWS[name]
+        self.model = zoo.make(self.row).to(dtype)
+        self.exact = copy.deepcopy(self.model).double()
+        self.ids = zoo.prompt(LENGTH)
+
+    @functools.cache  # noqa: B019 - as long as the family lives, which is one module of tests
+    def compiled(self, policy: str):
+        return kvfx.compile(self.model, policy, backend="eager", on_refuse="error")
+
+    @functools.cache  # noqa: B019
+    def read(self, length: int = LENGTH) -> tuple[list[zoo_reference.Read], list[zoo_reference.Read]]:
+        """What attention reads of the first tokens, in the model's precision and in float64."""
+        ids = self.ids[:, :length]
+        return tuple(zoo_reference.capture(model, ids, self.row.kv_heads)[0] for model in (self.model, self.exact))
+
+    @functools.cached_property
+    def half(self) -> tuple[kvfx.Cache, Tensor, Tensor]:
+        """The prompt's cache, half of it kept; eight greedy tokens after it, and the logits of feeding each."""
+        model = self.compiled("knorm:0.5")
+        cache = model.compress(self.ids)
+        work, tokens, logits = cache.copy(), [zoo.prompt(1, seed=2)], []
+        for _ in range(8):
+            logits.append(model(tokens[-1], past_key_values=work).logits)
+            tokens.append(logits[-1].argmax(-1))
+        return cache, torch.cat(tokens[:-1], 1), torch.cat(logits, 1)
+
+    @functools.cached_property
+    def padded(self) -> tuple[kvfx.Cache, Tensor, Tensor]:
+        """Two rows, the second padded on the left: cache, four tokens, logits of feeding each."""
+        ids = torch.stack([self.ids[0], torch.cat([torch.zeros(LENGTH - SHORT, dtype=torch.long), self.ids[0, :SHORT]])])
+        mask = torch.ones_like(ids)
+        mask[1, : LENGTH - SHORT] = 0
+        model = self.compiled("compactor:0.5")
+        cache = model.compress(ids, mask)
+        work, tokens, logits = cache.copy(), torch.cat([zoo.prompt(4, seed=2), zoo.prompt(4, seed=3)]), []
+        for index in range(4):
+            mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+            logits.append(model(tokens[:, index : index + 1], attention_mask=mask, past_key_values=work).logits)
+        return cache, tokens, torch.cat(logits, 1)
+
+    @functools.cached_property
+    def explanation(self):
+        self.compiled("knorm:0.5").compress(self.ids)
+        return kvfx.explain(self.compiled("knorm:0.5"))
+
+    # -- the checks, each of which ends in a cell of docs/models.md -------------------------------------------------------------------
+
+    @functools.cached_property
+    def sites(self) -> str:
+        """Every attention is found, and every layer that sees everything is compressed."""
+        sites = self.explanation.report.sites
+        assert [site.layer for site in sites] == list(range(len(self.row.layers))), self.explanation.report.reasons()
+        assert [site.layer for site in sites if site.score and not site.refusal] == self.row.full
+        for site in sites:
+            assert (site.heads, site.kv_heads, site.head_dim) == (self.row.query_heads, self.row.kv_heads, 16)
+        return ", ".join(dict.fromkeys(f"{site.rule}" for site in sites))
+
+    @functools.cached_property
+    def taps(self) -> str:
+        """What a score reads is what attention read."""
+        module = traced_step(self.model, self.ids, keep=LENGTH // 2)
+        plan, report = Plan(OpCall("taps", TAPS)), Report()
+        find_attention(module, plan, report)
+        attach_cache(module, plan, report)
+        sites = [site for site in report.sites if site.layer in self.row.full]
+        assert not any(site.refusal for site in sites), report.reasons()
+        nodes = [site.nodes[tap] for site in sites for tap in TAPS]
+        found = iter(computed(module, nodes, model=self.model, tokens={"input_ids": self.ids}, seen=torch.zeros(1, dtype=torch.long)))
+        low, exact = self.read()
+        for layer in self.row.full:
+            assert low[layer].roped == self.row.roped[layer]
+            for tap in TAPS:
+                assert_within_rounding(next(found), getattr(low[layer], tap), getattr(exact[layer], tap))
+        roped = [self.row.roped[layer] for layer in self.row.full]
+        return "yes" if all(roped) else "no RoPE" if not any(roped) else "yes, and layers without RoPE"
+
+    @functools.cached_property
+    def whole(self) -> str:
+        """Keeping everything changes nothing."""
+        self.half  # noqa: B018 - first, so that its graph is not one for this count alone
+        model, tokens = self.compiled("knorm:1.0"), zoo.prompt(4, seed=2)
+        first = model(self.ids)
+        logits = [first.logits]
+        for index in range(tokens.shape[1]):
+            logits.append(model(tokens[:, index : index + 1], past_key_values=first.past_key_values).logits)
+        text = torch.cat([self.ids, tokens], 1)
+        with torch.no_grad():
+            low, exact = (plain(text, use_cache=False).logits for plain in (self.model, self.exact))
+        assert_within_rounding(torch.cat(logits, 1), low, exact)
+        return "yes"
+
+    @functools.cached_property
+    def kept(self) -> str:
+        """The reference's ranking decides what is kept."""
+        cache, _, _ = self.half
+        self.check_kept(cache, 0, "knorm", LENGTH)
+        cache, _, _ = self.padded
+        self.check_kept(cache, 0, "compactor", LENGTH)
+        self.check_kept(cache, 1, "compactor", SHORT)
+        return "knorm, compactor"
+
+    @functools.cached_property
+    def uneven(self) -> str:
+        """Decoding goes on as if the model did not see what is evicted, where every head evicts other tokens."""
+        cache, tokens, logits = self.half
+        if self.row.kv_heads > 1:
+            for layer in self.row.full:
+                heads = cache.layers[layer].positions[0].tolist()
+                assert len({tuple(head) for head in heads}) > 1
+        self.check_logits(cache, 0, LENGTH, tokens, logits)
+        return "yes"
+
+    @functools.cached_property
+    def rows(self) -> str:
+        """A row of a padded batch decodes as if it were alone."""
+        cache, tokens, logits = self.padded
+        for row, length in enumerate((LENGTH, SHORT)):
+            self.check_logits(cache, row, length, tokens[row : row + 1], logits[row : row + 1])
+        return "yes"
+
+    @functools.cached_property
+    def block(self) -> str:
+        """Several new tokens at once see what they would one by one."""
+        cache, _, _ = self.half
+        tokens = zoo.prompt(3, seed=4)
+        logits = self.compiled("knorm:0.5")(tokens, past_key_values=cache.copy()).logits
+        self.check_logits(cache, 0, LENGTH, tokens, logits)
+        return "yes"
+
+    # -- against the reference -------------------------------------------------------------------------------------------------------
+
+    def check_kept(self, cache: kvfx.Cache, row: int, policy: str, length: int) -> None:
+        low, exact = self.read(length)
+        sinks, recent = PROTECTED[policy]
+        count = reference.count_kept(length, "0.5", sinks + recent)
+        for layer, kind in enumerate(self.row.layers):
+            kept = [[p for p in head if p >= 0] for head in cache.layers[layer].positions[row].tolist()]
+            assert len(kept) == self.row.kv_heads
+            if kind != "full":
+                assert kept == [list(range(length))] * len(kept)
+                continue
+            sketch = draw_sketch(0, layer, self.row.kv_heads, low[layer].key.shape[3], 48)
+            score, best = (getattr(reference, policy)(zoo_reference.taps(read[layer]), sketch=sketch) for read in (low, exact))
+            # Layer 0 reads the very tensors that the reference reads; deeper ones differ by what rounding did before them.
+            noise = 0.0 if layer == 0 else 8 * float((score - best).abs().max())
+            score = reference.protected(score, sinks, recent)
+            for head, (ours, theirs) in enumerate(zip(kept, reference.best(score, count), strict=True)):
+                assert len(ours) == count
+                lost, won = reference.swapped(score[head], theirs, ours)
+                for a, b in zip(sorted(lost), sorted(won), strict=True):
+                    assert a < torch.inf, (layer, head, "a protected token was evicted")
+                    assert a - b <= 1e-5 * max(abs(a), abs(b), 1.0) + noise, (layer, head, a, b)
+
+    def hidden(self, cache: kvfx.Cache, row: int, length: int) -> list[Tensor | None]:
+        """Slots of a full cache that `cache` does not have."""
+        hidden = []
+        for layer, kind in zip(cache.layers, self.row.layers, strict=True):
+            evicted = torch.ones(1, self.row.kv_heads, length, dtype=torch.bool)
+            for head, positions in enumerate(layer.positions[row].tolist()):
+                evicted[0, head, [p for p in positions if 0 <= p < length]] = False
+            hidden.append(evicted if kind == "full" else None)
+        return hidden
+
+    def check_logits(self, cache: kvfx.Cache, row: int, length: int, tokens: Tensor, logits: Tensor) -> None:
+        hidden, ids = self.hidden(cache, row, length), self.ids[:, :length]
+        low, exact = (
+            zoo_reference.continue_with(plain, ids, self.row.kv_heads, hidden, tokens) for plain in (self.model, self.exact)
+        )
+        assert_within_rounding(logits, low, exact)
+
+
+@pytest.fixture(scope="module", params=zoo.ROWS)
+def family(request) -> Family:
+    torch._dynamo.reset()
+    return Family(request.param)
+
+
+# -- the reference is what it says -------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_sees_every_layer_and_changes_nothing(family):
+    row = family.row
+    reads, logits = zoo_reference.capture(family.model, family.ids, row.kv_heads)
+    with torch.no_grad():
+        assert torch.equal(logits, family.model(family.ids, use_cache=False).logits)
+    assert tuple(read.roped for read in reads) == row.roped
+    for read in reads:
+        assert {tensor.shape for tensor in (read.query, read.pre_query)} == {(1, row.query_heads, LENGTH, 16)}
+        assert {tensor.shape for tensor in (read.key, read.value, read.pre_key)} == {(1, row.kv_heads, LENGTH, 16)}
+        assert torch.equal(read.pre_key, read.key) == torch.equal(read.pre_query, read.query) == (not read.roped)
+
+
+def test_the_reference_continues_as_the_model_if_nothing_is_hidden(family):
+    row, tokens = family.row, zoo.prompt(3, seed=2)
+    none = [torch.zeros(1, row.kv_heads, LENGTH, dtype=torch.bool) if kind == "full" else None for kind in row.layers]
+    low, exact = (zoo_reference.continue_with(model, family.ids, row.kv_heads, none, tokens) for model in (family.model, family.exact))
+    with torch.no_grad():
+        plain = family.model(torch.cat([family.ids, tokens], 1), use_cache=False).logits[:, LENGTH:]
+    assert_within_rounding(plain, low, exact)
+
+
+def test_hidden_slots_may_hold_anything(family):
+    row, tokens = family.row, zoo.prompt(2, seed=2)
+    hidden = [torch.rand(1, row.kv_heads, LENGTH) < 0.5 if kind == "full" else None for kind in row.layers]
+
+    def logits(garbage: float) -> Tensor:
+        cache = DynamicCache(config=family.model.config)
+        family.model(family.ids, past_key_values=cache)
+        for layer, evicted in zip(cache.layers, hidden, strict=True):
+            for states in (layer.keys, layer.values) if evicted is not None else ():
+                states[evicted] = garbage * torch.randn_like(states[evicted])
+        with zoo_reference.watching(family.model, row.kv_heads, hidden) as watch:
+            out = family.model(tokens[:, :1], past_key_values=cache).logits
+        assert watch.done == len(row.layers)
+        return out
+
+    with torch.no_grad():
+        assert torch.equal(logits(1.0), logits(2.0)) == bool(row.full) or not row.full
+
+
+# -- what kvfx does ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_attention_is_found_and_every_full_layer_compressed(family):
+    assert family.sites
+
+
+def test_what_scores_read_is_what_attention_read(family):
+    assert family.taps
+
+
+def test_keeping_everything_changes_no_logits(family):
+    assert family.whole
+
+
+def test_what_is_kept_is_the_references_choice(family):
+    assert family.kept
+
+
+def test_decoding_after_an_eviction_by_head_equals_the_reference(family):
+    assert family.uneven
+
+
+def test_rows_of_a_padded_batch_are_as_if_alone(family):
+    assert family.rows
+
+
+def test_several_new_tokens_at_once_are_as_one_by_one(family):
+    assert family.block
