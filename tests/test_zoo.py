@@ -10,15 +10,17 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import DynamicCache
 
 import kvfx
+import kvfx.passes as passes
 import models_page
 import reference
 import zoo
 import zoo_reference
-from graphs import computed, traced_step
+from graphs import computed
+from kvfx.explain import Explanation
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.attach_cache import attach_cache
 from kvfx.passes.find_attention import find_attention
@@ -28,8 +30,8 @@ from yardstick import assert_within_rounding
 
 LENGTH, SHORT = 40, 29  # of the prompts; longer than a window, and twice what is protected is less than either
 PROTECTED = {"knorm": (0, 0), "compactor": (8, 4)}
+REAL_RUN = passes.run
 TAPS = ("query", "key", "value", "pre_query", "pre_key")
-Kept = list[list[list[int]]]  # layer, head, positions
 
 
 class Family:
@@ -39,7 +41,9 @@ class Family:
         self.name, self.row = name, zoo.ROWS[name]
         self.model = zoo.make(self.row).to(dtype)
         self.exact = copy.deepcopy(self.model).double()
+        self.exact.set_experts_implementation("eager")  # the default one of experts has no kernel for float64
         self.ids = zoo.prompt(LENGTH)
+        self.traced: list[fx.GraphModule] = []
 
     @functools.cache  # noqa: B019 - as long as the family lives, which is one module of tests
     def compiled(self, policy: str):
@@ -54,8 +58,10 @@ class Family:
     @functools.cached_property
     def half(self) -> tuple[kvfx.Cache, Tensor, Tensor]:
         """The prompt's cache, half of it kept; eight greedy tokens after it, and the logits of feeding each."""
-        model = self.compiled("knorm:0.5")
-        cache = model.compress(self.ids)
+        model = self.compiled("compactor:0.5")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passes, "run", self._run)
+            cache = model.compress(self.ids)
         work, tokens, logits = cache.copy(), [zoo.prompt(1, seed=2)], []
         for _ in range(8):
             logits.append(model(tokens[-1], past_key_values=work).logits)
@@ -68,7 +74,7 @@ class Family:
         ids = torch.stack([self.ids[0], torch.cat([torch.zeros(LENGTH - SHORT, dtype=torch.long), self.ids[0, :SHORT]])])
         mask = torch.ones_like(ids)
         mask[1, : LENGTH - SHORT] = 0
-        model = self.compiled("compactor:0.5")
+        model = self.compiled("knorm:0.5")
         cache = model.compress(ids, mask)
         work, tokens, logits = cache.copy(), torch.cat([zoo.prompt(4, seed=2), zoo.prompt(4, seed=3)]), []
         for index in range(4):
@@ -77,9 +83,21 @@ class Family:
         return cache, tokens, torch.cat(logits, 1)
 
     @functools.cached_property
-    def explanation(self):
-        self.compiled("knorm:0.5").compress(self.ids)
-        return kvfx.explain(self.compiled("knorm:0.5"))
+    def explanation(self) -> Explanation:
+        self.half  # noqa: B018 - which traces the model
+        return kvfx.explain(self.compiled("compactor:0.5"))
+
+    @functools.cached_property
+    def decoding(self) -> Report:
+        """What was found in the decode step after `half`."""
+        self.half  # noqa: B018 - which decodes
+        reports = self.compiled("compactor:0.5")._kvfx.engine.reports
+        return next(reports[-1] for key, reports in reports.items() if key.phase == "decode" and not key.uneven)
+
+    def _run(self, module: fx.GraphModule, plan: Plan) -> Report:
+        """The passes, and a copy of the graph that they were given."""
+        self.traced.append(copy.deepcopy(module))
+        return REAL_RUN(module, plan)
 
     # -- the checks, each of which ends in a cell of docs/models.md -------------------------------------------------------------------
 
@@ -96,7 +114,8 @@ class Family:
     @functools.cached_property
     def taps(self) -> str:
         """What a score reads is what attention read."""
-        module = traced_step(self.model, self.ids, keep=LENGTH // 2)
+        self.half  # noqa: B018 - which traces the model
+        module = self.traced[0]
         plan, report = Plan(OpCall("taps", TAPS)), Report()
         find_attention(module, plan, report)
         attach_cache(module, plan, report)
@@ -116,7 +135,7 @@ class Family:
     def whole(self) -> str:
         """Keeping everything changes nothing."""
         self.half  # noqa: B018 - first, so that its graph is not one for this count alone
-        model, tokens = self.compiled("knorm:1.0"), zoo.prompt(4, seed=2)
+        model, tokens = self.compiled("compactor:1.0"), zoo.prompt(4, seed=2)
         first = model(self.ids)
         logits = [first.logits]
         for index in range(tokens.shape[1]):
@@ -131,11 +150,11 @@ class Family:
     def kept(self) -> str:
         """The reference's ranking decides what is kept."""
         cache, _, _ = self.half
-        self.check_kept(cache, 0, "knorm", LENGTH)
-        cache, _, _ = self.padded
         self.check_kept(cache, 0, "compactor", LENGTH)
-        self.check_kept(cache, 1, "compactor", SHORT)
-        return "knorm, compactor"
+        cache, _, _ = self.padded
+        self.check_kept(cache, 0, "knorm", LENGTH)
+        self.check_kept(cache, 1, "knorm", SHORT)
+        return "compactor, knorm" if self.row.full else "none"
 
     @functools.cached_property
     def uneven(self) -> str:
@@ -161,7 +180,7 @@ class Family:
         """Several new tokens at once see what they would one by one."""
         cache, _, _ = self.half
         tokens = zoo.prompt(3, seed=4)
-        logits = self.compiled("knorm:0.5")(tokens, past_key_values=cache.copy()).logits
+        logits = self.compiled("compactor:0.5")(tokens, past_key_values=cache.copy()).logits
         self.check_logits(cache, 0, LENGTH, tokens, logits)
         return "yes"
 
@@ -200,11 +219,12 @@ class Family:
         return hidden
 
     def check_logits(self, cache: kvfx.Cache, row: int, length: int, tokens: Tensor, logits: Tensor) -> None:
-        hidden, ids = self.hidden(cache, row, length), self.ids[:, :length]
-        low, exact = (
-            zoo_reference.continue_with(plain, ids, self.row.kv_heads, hidden, tokens) for plain in (self.model, self.exact)
-        )
-        assert_within_rounding(logits, low, exact)
+        assert_within_rounding(logits, *self.continued(self.ids[:, :length], self.hidden(cache, row, length), tokens))
+
+    def continued(self, ids: Tensor, hidden: list[Tensor | None], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference's logits, in the model's precision and in float64."""
+        heads = self.row.kv_heads
+        return tuple(zoo_reference.continue_with(plain, ids, heads, hidden, tokens) for plain in (self.model, self.exact))
 
 
 @pytest.fixture(scope="module", params=zoo.ROWS)
@@ -231,29 +251,69 @@ def test_the_reference_sees_every_layer_and_changes_nothing(family):
 def test_the_reference_continues_as_the_model_if_nothing_is_hidden(family):
     row, tokens = family.row, zoo.prompt(3, seed=2)
     none = [torch.zeros(1, row.kv_heads, LENGTH, dtype=torch.bool) if kind == "full" else None for kind in row.layers]
-    low, exact = (zoo_reference.continue_with(model, family.ids, row.kv_heads, none, tokens) for model in (family.model, family.exact))
+    low, exact = family.continued(family.ids, none, tokens)
     with torch.no_grad():
         plain = family.model(torch.cat([family.ids, tokens], 1), use_cache=False).logits[:, LENGTH:]
     assert_within_rounding(plain, low, exact)
 
 
 def test_hidden_slots_may_hold_anything(family):
-    row, tokens = family.row, zoo.prompt(2, seed=2)
+    row, tokens = family.row, zoo.prompt(1, seed=2)
     hidden = [torch.rand(1, row.kv_heads, LENGTH) < 0.5 if kind == "full" else None for kind in row.layers]
-
-    def logits(garbage: float) -> Tensor:
-        cache = DynamicCache(config=family.model.config)
+    cache = DynamicCache(config=family.model.config)
+    with torch.no_grad():
         family.model(family.ids, past_key_values=cache)
         for layer, evicted in zip(cache.layers, hidden, strict=True):
             for states in (layer.keys, layer.values) if evicted is not None else ():
-                states[evicted] = garbage * torch.randn_like(states[evicted])
+                states[evicted] = torch.randn_like(states[evicted])
         with zoo_reference.watching(family.model, row.kv_heads, hidden) as watch:
-            out = family.model(tokens[:, :1], past_key_values=cache).logits
-        assert watch.done == len(row.layers)
-        return out
+            garbled = family.model(tokens, past_key_values=cache).logits
+    assert watch.done == len(row.layers)
+    low, exact = family.continued(family.ids, hidden, tokens)
+    assert_within_rounding(garbled, low, exact)
 
-    with torch.no_grad():
-        assert torch.equal(logits(1.0), logits(2.0)) == bool(row.full) or not row.full
+
+def heads(states: Tensor, count: int) -> Tensor:
+    return states.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+# Where the first layer's key before RoPE comes from, and how it lies there.
+KEYS = {
+    "llama": ("model.layers.0.self_attn.k_proj", lambda out: heads(out, 2)),
+    "qwen3": ("model.layers.0.self_attn.k_norm", lambda out: out.transpose(1, 2)),
+    "olmoe": ("model.layers.0.self_attn.k_norm", lambda out: heads(out, 2)),
+    "phi3": ("model.layers.0.self_attn.qkv_proj", lambda out: heads(out[..., 64:96], 2)),
+    "hunyuan": ("model.layers.0.self_attn.k_proj", lambda out: heads(out, 2)),
+    "llama4": ("model.layers.0.self_attn.k_proj", lambda out: heads(out, 2)),
+    "gpt2": ("transformer.h.0.attn.c_attn", lambda out: heads(out[..., 64:128], 4)),
+    "gpt-j": ("transformer.h.0.attn.k_proj", lambda out: heads(out, 4)),
+    "gpt-neox": ("gpt_neox.layers.0.attention.query_key_value", lambda out: heads(out, 4).chunk(3, -1)[1]),
+    "bloom": ("transformer.h.0.self_attention.query_key_value", lambda out: heads(out, 4).chunk(3, -1)[1]),
+    "gpt-oss": ("model.layers.0.self_attn.k_proj", lambda out: heads(out, 2)),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_the_reference_finds_the_key_that_the_layer_projects(name):
+    row, (path, of) = zoo.ROWS[name], KEYS[name]
+    model = zoo.make(row)
+    made = []
+    hook = model.get_submodule(path).register_forward_hook(lambda module, args, out: made.append(out))
+    reads, _ = zoo_reference.capture(model, zoo.prompt(LENGTH), row.kv_heads)
+    hook.remove()
+    assert torch.equal(reads[0].pre_key, of(made[0]))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, eager", "qwen3", "cohere", "glm4", "gpt2", "gpt-neox", "gpt-j", "opt", "falcon"])
+def test_the_references_tensors_give_what_attention_gave(name):
+    row = zoo.ROWS[name]
+    model = zoo.make(row).double()
+    reads, _ = zoo_reference.capture(model, zoo.prompt(LENGTH), row.kv_heads)
+    for read in reads:
+        key, value = (states.repeat_interleave(row.query_heads // row.kv_heads, 1) for states in (read.key, read.value))
+        logits = read.query @ key.mT / 16**0.5
+        logits = logits.masked_fill(~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), -torch.inf)
+        torch.testing.assert_close(logits.softmax(-1) @ value, read.output.to(value.dtype), rtol=1e-6, atol=1e-6)
 
 
 # -- what kvfx does ----------------------------------------------------------------------------------------------------------------
@@ -285,3 +345,12 @@ def test_rows_of_a_padded_batch_are_as_if_alone(family):
 
 def test_several_new_tokens_at_once_are_as_one_by_one(family):
     assert family.block
+
+
+def test_the_page_of_models_says_what_was_found(family):
+    row = family.row
+    caches = dict.fromkeys(site.cache for site in family.decoding.sites)
+    models_page.assert_row(
+        family.name, type(family.model).__name__, family.sites, ", ".join(caches), f"{row.kv_heads} of {row.query_heads}",
+        " ".join(dict.fromkeys(row.layers)), family.taps, family.kept, family.whole, family.uneven, family.rows, family.block,
+    )  # fmt: skip

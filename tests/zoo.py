@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,12 +119,6 @@ def make(row: Row) -> PreTrainedModel:
             elif name.endswith("sinks"):
                 parameter.normal_()
     return model
-
-
-@functools.lru_cache(maxsize=2)
-def decoder(name: str) -> PreTrainedModel:
-    """The model of a row by its name, made once."""
-    return make(ROWS[name])
 
 
 def prompt(length: int, seed: int = 1) -> torch.Tensor:
