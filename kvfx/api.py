@@ -56,7 +56,7 @@ def compile(
 
 
 def _check_sketch(model: Any, policy: Policy, sketch: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    layers = hf.layer_count(model)
+    layers = len(hf.windows(model))
     if len(sketch) != layers:
         raise PolicyError(f"sketch has {len(sketch)} matrices, {type(model).__name__} has {layers} layers; expected one for each")
     for index, matrix in enumerate(sketch):

@@ -7,7 +7,7 @@ are physical, so that no length that the graph depends on is a Python number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Cache(transformers.Cache):
         layers: one `CacheLayer` per attention layer.
         policy: canonical text of the policy that evicted, or "none".
         lengths_seen: real tokens seen per row, `[B]` int64; also the position of each row's next token.
-        empty: empty slots on the left of each row, `[B]` int64, or None if there are none.
+        has_empty: whether a row may hold empty slots, which stand on its left.
         croppable: last tokens of which every layer holds a slot in every row, so that `crop` is exact.
         fingerprint: what identifies the model, or None until the cache is saved or compared.
         owner: the model that made the cache, or None if only its fingerprint is known.
@@ -44,7 +44,7 @@ class Cache(transformers.Cache):
         super().__init__(layers=[])
         self.policy = "none"
         self.lengths_seen: Any = None
-        self.empty: Tensor | None = None
+        self.has_empty = False
         self.croppable = 0
         self.fingerprint: dict[str, Any] | None = None
         self.owner: Any = None
@@ -88,20 +88,28 @@ class Cache(transformers.Cache):
         return cache
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Any], evicted: Sequence[int], croppable: int, policy: str) -> Cache:
-        """Put a cache together from what `tensors()` returned; their inverse."""
+    def of_tensors(cls, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> Cache:
+        """Put a cache together from what `tensors()` and `about()` returned."""
         cache = cls()
-        for index, dropped in enumerate(evicted):
-            layer = CacheLayer()
+        for index, facts in enumerate(about["layers"]):
+            layer = CacheLayer(facts["window"])
             keys, values, positions = (tensors[f"layers.{index}.{name}"] for name in LAYER_TENSORS)
             layer.store(keys, values)
-            layer.prefix, layer.next_position, layer.evicted = positions, tensors["lengths_seen"], dropped
+            layer.prefix, layer.next_position, layer.evicted = positions, tensors["lengths_seen"], facts["evicted"]
+            if isinstance(positions, Tensor):  # a pytree may hold anything
+                layer.next_position = layer.next_position.clone()
+                layer.prefix = positions if layer.window is None else positions[:, :, :0]
             cache.layers.append(layer)
-        cache.lengths_seen, cache.empty = tensors.get("lengths_seen"), tensors.get("empty")
-        cache.policy, cache.croppable = policy, croppable
+        cache.lengths_seen = tensors.get("lengths_seen")
+        cache.policy, cache.croppable, cache.has_empty = about["policy"], about["croppable"], about["has_empty"]
         cache._ids = [tensors["ids"]] if "ids" in tensors else None if cache.layers else []
         cache._real = [tensors["real"]] if "real" in tensors else None
         return cache
+
+    def about(self) -> dict[str, Any]:
+        """What is held besides tensors, as plain data."""
+        layers = [{"kind": layer.kind, "evicted": layer.evicted, "window": layer.window} for layer in self.layers]
+        return {"layers": layers, "croppable": self.croppable, "has_empty": self.has_empty, "policy": self.policy}
 
     # -- what it holds ---------------------------------------------------------------------------------------------------------
 
@@ -123,7 +131,7 @@ class Cache(transformers.Cache):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is held, by name: the leaves of the pytree, and what a file stores."""
-        held = {"lengths_seen": self.lengths_seen, "empty": self.empty, "ids": self.ids, "real": self.real}
+        held = {"lengths_seen": self.lengths_seen, "ids": self.ids, "real": self.real}
         for index, layer in enumerate(self.layers):
             held |= {f"layers.{index}.{name}": getattr(layer, name) for name in LAYER_TENSORS}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
@@ -141,7 +149,7 @@ class Cache(transformers.Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the distinct storages that this cache keeps alive."""
-        held = [self.lengths_seen, self.empty, *(self._ids or []), *(self._real or [])]
+        held = [self.lengths_seen, *(self._ids or []), *(self._real or [])]
         for layer in self.layers:
             held += [layer.keys, layer.values, layer.prefix, layer.next_position]
         storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
@@ -172,7 +180,7 @@ class Cache(transformers.Cache):
         """
         if self.lengths_seen is None:
             raise CacheMismatch("an empty kvfx.Cache is filled only by the model that kvfx.compile returned: model.compress(ids)")
-        if self.empty is not None:
+        if self.has_empty:
             raise CacheMismatch(f"this cache has empty slots from padded rows, which a stock model would attend to. {STOCK_HINT}")
         length = key_states.shape[2]
         if layer_idx == 0:
@@ -210,7 +218,6 @@ class Cache(transformers.Cache):
             layer.map_rows(rows)
         ids, real = self.ids, self.real
         self.lengths_seen = rows(self.lengths_seen)
-        self.empty = None if self.empty is None else rows(self.empty)
         self._ids = None if ids is None else [rows(ids)]
         self._real = None if real is None else [rows(real)]
         self.mark()
@@ -256,18 +263,18 @@ class Cache(transformers.Cache):
     def mark(self) -> None:
         """Let the number of slots and rows vary without a new graph. Once, on tensors that no graph has made."""
         for layer in self.layers:
-            mark_dynamic(layer.keys, 0, 2)
-            mark_dynamic(layer.values, 0, 2)
-        for per_row in (self.lengths_seen, self.empty):
-            if per_row is not None:
-                mark_dynamic(per_row, 0)
+            for tensor in (layer.keys, layer.values, layer.prefix):
+                mark_dynamic(tensor, 0, 2)
+            mark_dynamic(layer.next_position, 0)
+        if self.lengths_seen is not None:
+            mark_dynamic(self.lengths_seen, 0)
 
     # -- steps of a forward ----------------------------------------------------------------------------------------------------
 
-    def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int) -> None:
-        """Account for a forward over `length` new tokens, after its graph stored them in the layers."""
-        kept_whole = [layer.take(length, self.lengths_seen, seen, valid) for layer in self.layers]
-        self.lengths_seen, whole = seen, all(kept_whole)
+    def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, held: Sequence[int]) -> None:
+        """Account for a forward over `length` new tokens, after its graph stored them in the layers, which held `held` slots."""
+        all_held = [layer.take(length, slots, self.lengths_seen, seen, valid) for layer, slots in zip(self.layers, held, strict=True)]
+        self.lengths_seen, whole = seen, all(all_held)
         if self._ids is not None:
             self._ids = None if ids is None else [*self._ids, ids]
         if valid is None:
@@ -282,15 +289,30 @@ class Cache(transformers.Cache):
     def _all_real(self, length: int) -> Tensor:
         return torch.ones(self.batch_size, length, dtype=torch.bool, device=self.lengths_seen.device)
 
-    def push_empty_left(self, valid: Tensor) -> None:
-        """Move the slots for which `valid`, `[B, T]`, is false to the left, and blank them; empty everywhere: dropped."""
-        count = (~valid).sum(-1)
-        spare = int(count.min())
-        order = valid.long().argsort(dim=-1, stable=True)[:, spare:]
-        blank = ~valid.gather(1, order)
-        for layer in self.layers:
-            layer.arrange(order, blank, self.lengths_seen)
-        self.empty = count - spare if bool((count > spare).any()) else None
+    def push_empty_left(self, fixed: Collection[int] = ()) -> None:
+        """Move empty slots to the left of each row, and drop those that are empty in all rows; of a window, keep the last slots.
+
+        Args:
+            fixed: layers whose slots have to stay where they are.
+
+        Raises:
+            CacheMismatch: a row of a fixed layer has empty slots elsewhere than on the left.
+        """
+        there = [layer.positions[:, 0] >= 0 for layer in self.layers]
+        filled = torch.stack([slots.sum(-1) for slots in there]).tolist()
+        self.has_empty = False
+        for index, (layer, slots, counts) in enumerate(zip(self.layers, there, filled, strict=True)):
+            width = layer.slots
+            if index not in fixed:
+                width = max(counts) if layer.window is None else min(max(counts), layer.window - 1)
+            elif bool((slots[:, 1:] < slots[:, :-1]).any()):
+                raise CacheMismatch(
+                    f"rows have padding between their tokens or on the right, and layer {index} was left alone, so that its slots "
+                    "cannot be moved. Pad on the left; kvfx.explain(model) says why the layer was left alone."
+                )
+            order = slots.long().argsort(dim=-1, stable=True)[:, layer.slots - width :]
+            layer.arrange(order, ~slots.gather(1, order), self.lengths_seen)
+            self.has_empty |= min(counts) < width
         self.mark()
 
     def save(self, path: str) -> None:

@@ -38,10 +38,8 @@ def save_cache(cache: Cache, path: str | Path) -> None:
     about = {
         "format": FORMAT,
         "layout": cache.layout,
-        "layers": [{"kind": layer.kind, "evicted": layer.evicted} for layer in cache.layers],
+        **cache.about(),
         "store": {"dtype": str(cache.layers[0].keys.dtype).removeprefix("torch."), "scales": None},
-        "croppable": cache.croppable,
-        "policy": cache.policy,
         "fingerprint": cache.fingerprint,
         "sha256": {name: _digest(tensor) for name, tensor in held.items()},
     }
@@ -63,8 +61,7 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
         raise ArtifactError(f"cannot read the cache file {path}: {error.strerror or error}") from error
     about, tensors = _open(data, path)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    evicted = [layer["evicted"] for layer in about["layers"]]
-    cache = Cache.of_tensors(tensors, evicted, about["croppable"], about["policy"])
+    cache = Cache.of_tensors(tensors, about)
     cache.fingerprint = about["fingerprint"]
     cache.mark()
     return cache

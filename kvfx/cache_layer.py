@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvfx.errors import CacheMismatch
+from kvfx.passes.cache_write import slots_of
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -20,17 +21,20 @@ class CacheLayer(DynamicLayer):
 
     Attributes:
         keys, values: `[B, Hkv, T, D]`, the model's dtype; empty slots are zero and stand on the left.
-        prefix: positions of the first slots, `[B, Hkv, P]` int32; -1 = empty. All that eviction or padding made irregular.
-        next_position: position of the first slot behind the prefix, per row, `[B]`; from there on slots are consecutive.
+        prefix: positions of the first slots, `[B, Hkv, P]` int32; -1 = empty. All that eviction or padding made irregular, and
+            at least two, because a graph specialises sizes 0 and 1. None of a window's slots, which are consecutive.
+        next_position: position of the first slot behind the prefix, per row, `[B]`; from there on slots are consecutive. Of a
+            window: of the first token that comes next.
         evicted: logical minus physical length.
+        window: tokens that a query sees of this layer, itself included, or None if it sees all. A window's last slots are held.
     """
 
-    kind = "full"
     keys: Any  # Tensors, once something is stored
     values: Any
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.prefix: Any = None
         self.next_position: Any = None
         self.evicted = 0
@@ -57,8 +61,13 @@ class CacheLayer(DynamicLayer):
             raise CacheMismatch(f"{where}: positions must ascend within 0..{logical - 1}, the RoPE phase that the keys have")
         layer = cls()
         layer.store(keys.detach().contiguous(), values.detach().contiguous())
-        layer.prefix, layer.next_position, layer.evicted = prefix, seen, logical - shape[2]
+        layer.prefix, layer.next_position, layer.evicted = prefix, seen.clone(), logical - shape[2]
         return layer
+
+    @property
+    def kind(self) -> str:
+        """What the layer holds of the tokens seen: "full" = what a policy chose, "window" = the last ones."""
+        return "full" if self.window is None else "window"
 
     def store(self, keys: Tensor, values: Tensor) -> None:
         """Hold exactly these slots."""
@@ -78,12 +87,13 @@ class CacheLayer(DynamicLayer):
         return self.positions_until(self.slots)
 
     def positions_until(self, slots: int) -> Tensor:
-        """Positions of the first `slots` slots."""
+        """Positions of the first `slots` slots; of a window all, the last of which is that before `next_position`."""
         if self.prefix is None or self.next_position is None:
             return torch.empty(0, 0, 0, dtype=torch.int32)
         batch, heads, held = self.prefix.shape
-        tail = torch.arange(slots - held, device=self.prefix.device) + self.next_position[:, None]
-        return torch.cat([self.prefix, tail[:, None].expand(batch, heads, -1).int()], -1)
+        start = self.next_position if self.window is None else self.next_position - slots + held
+        tail = torch.arange(slots - held, device=self.prefix.device) + start[:, None]
+        return torch.cat([self.prefix, tail[:, None].expand(batch, heads, -1).clamp(min=-1).int()], -1)
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, padding included."""
@@ -93,31 +103,36 @@ class CacheLayer(DynamicLayer):
         """Physical length after `query_length` more tokens, and the logical index of the first slot."""
         return self.slots + query_length, self.evicted
 
-    def take(self, length: int, before: Tensor, seen: Tensor, valid: Tensor | None) -> bool:
-        """Account for `length` new tokens that a graph has stored, or the kept ones of them; return whether that is all of them.
+    def take(self, length: int, held: int, before: Tensor, seen: Tensor, valid: Tensor | None) -> bool:
+        """Account for `length` new tokens that a graph has stored, or what it kept of them; return whether all that was is held.
 
         Args:
             length: new tokens.
+            held: slots before them.
             before: real tokens that each row had seen before them, `[B]`.
             seen: and has seen now.
             valid: which of them are real, `[B, length]`, or None if all are.
         """
         self.store(self.keys, self.values)
-        batch, heads = self.keys.shape[:2]
-        if self.prefix is None:
-            self.prefix = torch.empty(batch, heads, 0, dtype=torch.int32, device=self.keys.device)
-            self.next_position = before
+        batch, heads, slots = self.keys.shape[:3]
         new, self.kept_positions, self.finite = self.kept_positions, None, None
-        if new is None:
-            if valid is None:
-                return True  # consecutive
+        self.evicted += length - (slots - held)
+        if new is None and valid is not None:
             index = before[:, None] + valid.cumsum(-1) - 1
             new = index.masked_fill(~valid, -1).int()[:, None].expand(-1, heads, -1)
-        kept = new.shape[2]
-        self.prefix = torch.cat([self.positions_until(self.slots - kept), new], -1)
-        self.next_position = seen
-        self.evicted += length - kept
-        return kept == length
+        if new is not None:
+            if self.prefix is not None:
+                new = torch.cat([self.positions_until(held), new], -1)
+            self.prefix, self.next_position = new, seen.clone()  # its own, lest a graph takes two inputs for one
+        elif self.window is not None:
+            if self.prefix is None:
+                self.prefix = torch.empty(batch, heads, 0, dtype=torch.int32, device=self.keys.device)
+            self.next_position = seen
+        elif self.prefix is None:
+            few = torch.arange(min(2, slots), device=self.keys.device)
+            self.prefix = (before[:, None] + few).int()[:, None].expand(-1, heads, -1).contiguous()
+            self.next_position = before + few.numel()
+        return slots - held == length
 
     def arrange(self, order: Tensor, blank: Tensor, seen: Tensor) -> None:
         """Put slot `order[b, t]` to place t of row b, and blank the places where `blank[b, t]`; both `[B, T]`."""
@@ -126,13 +141,16 @@ class CacheLayer(DynamicLayer):
         place, empty = order[:, None].expand(-1, heads, -1), blank[:, None]
         self.store(*(gather_slots(tensor, place).masked_fill(empty[..., None], 0) for tensor in (self.keys, self.values)))
         self.prefix = positions.gather(2, place).masked_fill(empty, -1)
-        self.next_position = seen
+        if self.window is not None:
+            self.prefix = self.prefix[:, :, :0].contiguous()
+        self.next_position = seen.clone()
 
     def cut(self, tokens: int, seen: Tensor) -> None:
         """Forget the last `tokens` slots; rows have seen `seen` real tokens without them."""
+        if self.window is None:
+            self.prefix = self.positions[:, :, : self.slots - tokens]
         self.crop(-tokens)
-        if self.slots < self.prefix.shape[2]:
-            self.prefix, self.next_position = self.prefix[:, :, : self.slots], seen
+        self.next_position = seen.clone()
 
     def map_rows(self, rows: Rows) -> None:
         """Apply `rows` to every tensor whose first axis is the batch."""
@@ -142,11 +160,11 @@ class CacheLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.window)  # type: ignore[misc]
 
     def copy(self) -> CacheLayer:
         """A layer that grows on its own; the tensors are shared, because slots are never written in place."""
-        other = CacheLayer()
+        other = CacheLayer(self.window)
         other.__dict__.update(self.__dict__)
         return other
 
@@ -157,47 +175,74 @@ def gather_slots(states: Tensor, place: Tensor) -> Tensor:
 
 
 class SlotCache(transformers.Cache):
-    """The layers of a `Cache` as a traced forward sees them: lengths are physical, and `update` may evict.
+    """The layers of a `Cache` as a traced forward sees them: as if nothing had been evicted. `update` may evict.
 
     Attributes:
         sizes: carry how many slots the new tokens get (see `passes.cache_write`), one for each layer or one for all; or None to
             keep them all.
-        counts: slots that each row keeps, `[B]`, or None if all rows keep equally many.
-        positions: of the new tokens, `[B, S]` int32, -1 for padding; set inside the graph.
-        mixed: whether layers hold differently many slots before this forward.
+        counts: slots that each row keeps, `[B]`, of each layer or of all; or None if all rows keep equally many.
+        length: carries the number of tokens seen, padding included (see `passes.cache_read`); None if nothing is held.
+        start: position of the first slot behind the prefix of each row, `[B]`, in layers without a window.
+        empty: whether rows may hold empty slots.
+        whole: layers that hold all tokens seen and are not to be touched.
+        seen: real tokens seen per row, `[B]`; set inside the graph, like the next two.
+        positions: of the new tokens, `[B, S]` int32, -1 for padding.
+        padded: whether some of them are padding.
     """
 
     layers: list[CacheLayer]  # type: ignore[assignment]
 
-    def __init__(self, layers: list[CacheLayer], sizes: list[Tensor] | None, counts: Tensor | None) -> None:
+    def __init__(
+        self,
+        layers: list[CacheLayer],
+        sizes: list[Tensor] | None = None,
+        counts: list[Tensor] | None = None,
+        length: Tensor | None = None,
+        start: Tensor | None = None,
+        empty: bool = False,
+        whole: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__(layers=layers)  # type: ignore[arg-type]
-        self.sizes, self.counts = sizes, counts
+        self.sizes, self.counts, self.length, self.start = sizes, counts, length, start
+        self.empty, self.whole = empty, whole
+        self.seen: Any = None
         self.positions: Tensor | None = None
-        self.mixed = len({layer.slots for layer in layers}) > 1
+        self.padded = False
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; what attention shall read: everything held and everything new."""
+        """Store new keys and values; what attention shall read: everything seen."""
         layer, key, value = self.layers[layer_idx], key_states, value_states
         stored_key, stored_value = key, value
-        if self.sizes is not None:
+        if layer.window is not None:
+            key, value = stored_key, stored_value = torch.ops.kvfx.window_write(key, value, layer_idx, layer.window)
+        elif self.sizes is not None:
             size = self.sizes[min(layer_idx, len(self.sizes) - 1)]
+            counts = None if self.counts is None else self.counts[min(layer_idx, len(self.counts) - 1)]
             stored_key, stored_value, layer.kept_positions, layer.finite = torch.ops.kvfx.cache_write(
-                key, value, self.positions, self.counts, size, layer_idx
+                key, value, self.positions, counts, size, layer_idx
             )
-        past_key, past_value = layer.keys, layer.values
-        if past_key is None:
-            layer.keys, layer.values = stored_key, stored_value
-            return key, value
-        layer.keys = torch.cat([past_key, stored_key], 2)
-        layer.values = torch.cat([past_value, stored_value], 2)
-        if self.sizes is None:
-            return layer.keys, layer.values
-        return torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+        if layer.keys is not None:
+            past_key, past_value = self._read(layer, layer_idx)
+            key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+            stored_key = torch.cat([layer.keys, stored_key], 2)
+            stored_value = torch.cat([layer.values, stored_value], 2)
+        if layer.window is not None and not self.padded:
+            # A copy, because a view would keep all of it alive.
+            stored_key = stored_key[:, :, 1 - layer.window :].clone()
+            stored_value = stored_value[:, :, 1 - layer.window :].clone()
+        layer.keys, layer.values = stored_key, stored_value
+        return key, value
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots held."""
-        return self.layers[layer_idx].slots
+    def _read(self, layer: CacheLayer, index: int) -> tuple[Tensor, Tensor]:
+        start = self.start if layer.window is None else self.seen - layer.keys.shape[2]
+        return torch.ops.kvfx.cache_read(
+            layer.keys, layer.values, layer.prefix, start, self.seen, self.length, index, self.empty, index in self.whole
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens seen."""
+        return 0 if self.length is None else slots_of(self.length)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Slots held and new, none before them."""
-        return self.layers[layer_idx].slots + query_length, 0
+        """Tokens seen and new, none left out before them."""
+        return self.get_seq_length() + query_length, 0

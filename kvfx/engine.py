@@ -20,7 +20,7 @@ from kvfx.cache import SlotCache
 from kvfx.errors import KvfxError, SiteRefused, UnsupportedModel
 from kvfx.passes import capture
 from kvfx.passes.plan import Plan
-from kvfx.passes.report import Report
+from kvfx.passes.report import Report, Stranded
 
 STORE_ALL = Plan(score=None)
 
@@ -30,9 +30,9 @@ def step(
     slots: SlotCache,
     seen: Tensor,
     valid: Tensor | None,
-    empty: Tensor | None,
     tokens: dict[str, Tensor],
     options: dict[str, Any],
+    takes_positions: bool,
 ) -> tuple[Any, Tensor]:
     """One forward, as it is traced.
 
@@ -41,15 +41,15 @@ def step(
         slots: the cache as the model shall see it.
         seen: real tokens seen per row, [B] int64.
         valid: which new tokens are real, [B, S] bool, or None if all are.
-        empty: empty slots on the left of each row, [B] int64, or None if there are none.
         tokens: `input_ids` [B, S] or `inputs_embeds` [B, S, hidden].
         options: further arguments of the model.
+        takes_positions: whether the model has an argument `position_ids`.
 
     Returns:
         The model's output, and the real tokens seen after it.
     """
     batch, length = next(iter(tokens.values())).shape[:2]
-    held = slots.get_seq_length()
+    slots.seen, slots.padded = seen, valid is not None
     if valid is None:
         position_ids = seen[:, None] + torch.arange(length, device=seen.device)
         slots.positions = position_ids.int()
@@ -59,17 +59,12 @@ def step(
         position_ids = index.where(valid, 0)
         slots.positions = index.where(valid, -1).int()
         seen_after = seen + valid.sum(-1)
-    mask = valid
-    if held and (valid is not None or empty is not None):
-        new = valid if valid is not None else torch.ones(batch, length, dtype=torch.bool, device=seen.device)
-        past = torch.ones(batch, held, dtype=torch.bool, device=seen.device)
-        if empty is not None:
-            past = torch.arange(held, device=seen.device) >= empty[:, None]
-        mask = torch.cat([past, new], -1)
-    elif slots.mixed:
-        # No one mask fits layers of different lengths. A single token sees all that is held, in every layer.
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=seen.device)
-    out = model(attention_mask=mask, position_ids=position_ids, past_key_values=slots, use_cache=True, **tokens, **options)
+    mask, held = valid, slots.get_seq_length()
+    if held and valid is not None:
+        mask = torch.cat([torch.ones(batch, held, dtype=torch.bool, device=seen.device), valid], -1)
+    if takes_positions:
+        options = {**options, "position_ids": position_ids}
+    out = model(attention_mask=mask, past_key_values=slots, use_cache=True, **tokens, **options)
     return out, seen_after
 
 
@@ -80,7 +75,7 @@ class StepKey(NamedTuple):
         phase: "prefill", "extend" or "decode".
         plan: what is evicted.
         on_refuse: what to do about sites that are not understood.
-        uneven: what makes rows or layers differ: counts, valid, empty, layers.
+        uneven: what makes rows or layers differ: counts, valid, empty, layers, whole.
     """
 
     phase: str
@@ -94,12 +89,14 @@ class Engine:
 
     Attributes:
         reports: what the passes did to each graph, by the key of its step.
+        whole: cache layers that are kept whole, because no attention is understood that reads them.
     """
 
     def __init__(self, name: str, backend: str) -> None:
         self.name = name
         self.backend = backend
         self.reports: dict[StepKey, list[Report]] = {}
+        self.whole: frozenset[int] = frozenset()
         self._steps: dict[StepKey, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
@@ -113,15 +110,18 @@ class Engine:
             on_refuse: "warn" or "error".
             slots: the cache as the model shall see it.
             inputs: the further arguments of `step`.
+
+        Raises:
+            Stranded: layers that evicted are read by what is not understood.
         """
         if plan.score is None:
             on_refuse = "warn"  # nothing is evicted, so nothing can be refused
-        _, valid, empty, *_ = inputs
         uneven = {
             "counts": slots.counts is not None,
-            "valid": valid is not None,
-            "empty": empty is not None,
-            "layers": slots.mixed or len(slots.sizes or ()) > 1,
+            "valid": inputs[1] is not None,
+            "empty": slots.empty,
+            "layers": len(slots.sizes or ()) > 1,
+            "whole": bool(slots.whole),
         }
         key = StepKey(phase, plan, on_refuse, tuple(name for name, there in uneven.items() if there))
         with self._lock:
@@ -140,6 +140,7 @@ class Engine:
             if key.plan.score is not None:
                 _judge(report, self.name, key.on_refuse)
             self.reports.setdefault(key, []).append(report)
+            self.whole |= frozenset(report.whole)
 
         return rewrite
 
@@ -168,7 +169,7 @@ def _unwrap(error: BaseException, model: str) -> BaseException:
     """The error of ours inside one of Dynamo's, or what Dynamo could not trace."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, KvfxError):
+        if isinstance(inner, (KvfxError, Stranded)):
             return inner
         inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner.__context__
     if capture.is_graph_break(error):

@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import output_capturing
 
 from kvfx.errors import UnsupportedModel
@@ -88,9 +89,25 @@ def forward_signature(model: nn.Module) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def layer_count(model: transformers.PreTrainedModel) -> int:
-    """Cache layers of the model's decoder."""
-    return model.config.get_text_config(decoder=True).num_hidden_layers
+def windows(model: transformers.PreTrainedModel) -> tuple[int | None, ...]:
+    """For each layer of the model's cache, the tokens that a query sees, itself included; None where it sees all.
+
+    Raises:
+        UnsupportedModel: a layer holds something else than keys and values of tokens.
+    """
+    layers = transformers.DynamicCache(config=model.config).layers
+    for index, layer in enumerate(layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedModel(
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, which is no cache of keys and values alone; "
+                "models with recurrent or indexed layers are not supported yet."
+            )
+    return tuple(getattr(layer, "sliding_window", None) for layer in layers)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward has an argument `position_ids`."""
+    return "position_ids" in forward_signature(model).parameters
 
 
 def prepare_outputs(model: transformers.PreTrainedModel) -> None:

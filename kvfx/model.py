@@ -117,10 +117,6 @@ def generate(model: CompressedModel, ids: Tensor | None, append: bool, options: 
     if any(setting(name) for name in ("prompt_lookup_num_tokens", "assistant_early_exit")) or options.get("assistant_model"):
         # Candidates must come after the eviction, or they could not be cropped again.
         _feed(model, cache, ids, options, ids.shape[1] - 1)
-    mask = options.get("attention_mask")
-    if not cache.is_uniform and (mask is None or bool(mask.all())):
-        for last in range(cache.get_seq_length() + 1, ids.shape[1]):
-            _feed(model, cache, ids, options, last)  # one by one: no single mask is right for several
     rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
     if rows > 1 and cache.layers:
         cache = cache.copy()

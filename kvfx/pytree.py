@@ -23,17 +23,14 @@ Node = tuple[Any, ...]
 def flatten(cache: Cache) -> tuple[list[Tensor], Node]:
     """Take a cache apart; what is no tensor can be hashed and compared."""
     tensors = cache.tensors()
-    evicted = tuple(layer.evicted for layer in cache.layers)
-    fingerprint = json.dumps(cache.fingerprint, sort_keys=True)
-    node = (tuple(tensors), evicted, cache.croppable, cache.policy, cache.owner, fingerprint)
-    return list(tensors.values()), node
+    about, fingerprint = (json.dumps(data, sort_keys=True) for data in (cache.about(), cache.fingerprint))
+    return list(tensors.values()), (tuple(tensors), about, cache.owner, fingerprint)
 
 
 def unflatten(leaves: Iterable[Any], node: Node) -> Cache:
     """Put a cache together again, of whatever the leaves have become."""
-    names, evicted, croppable, policy, owner, fingerprint = node
-    tensors = dict(zip(names, leaves, strict=True))
-    cache = Cache.of_tensors(tensors, evicted, croppable, policy)
+    names, about, owner, fingerprint = node
+    cache = Cache.of_tensors(dict(zip(names, leaves, strict=True)), json.loads(about))
     cache.owner, cache.fingerprint = owner, json.loads(fingerprint)
     return cache
 

@@ -14,11 +14,12 @@ from kvfx import hf
 from kvfx.cache import Cache, SlotCache
 from kvfx.cache_layer import CacheLayer
 from kvfx.engine import STORE_ALL, Engine
-from kvfx.errors import CacheMismatch, InputError, UnsupportedModel
+from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import Owner, differences, fingerprint
 from kvfx.passes.cache_write import size_of
 from kvfx.passes.capture import mark_dynamic
 from kvfx.passes.plan import Plan
+from kvfx.passes.report import Stranded
 from kvfx.policy import Policy
 
 
@@ -93,13 +94,13 @@ class Runner:
         # A step that may still fail works on a copy: nothing is lost, nothing half-written.
         work = cache.copy() if phase != "decode" else cache
         if phase == "prefill":
-            work.layers = [CacheLayer() for _ in range(hf.layer_count(self.base))]
+            work.layers = [CacheLayer(window) for window in hf.windows(self.base)]
             work.lengths_seen = torch.zeros(batch, dtype=torch.long, device=device)
             mark_dynamic(work.lengths_seen, 0)
-        elif not work.is_uniform and (phase == "extend" or work.empty is not None):
-            raise CacheMismatch(
-                f"{work.slots_text}; several new tokens at once, or padded rows, need as many in every layer. Feed one token "
-                "at a time, as generate does, or use a policy that keeps equally many everywhere."
+        elif block.valid is not None and any(layer.window for layer in work.layers):
+            raise InputError(
+                f"rows of different lengths, {list(block.lengths)}, after the first turn: padding would count as part of the sliding "
+                "windows that this model has. Feed the rows one by one, or with equally many new tokens."
             )
         sizes = counts = None
         if plan.score is not None:
@@ -116,50 +117,64 @@ class Runner:
             sizes, counts = self._sizes(block)
             for size in sizes:
                 mark_dynamic(size, 0)
-            if counts is not None:
-                mark_dynamic(counts, 0)
-        held = work.layers[0].slots
+            for count in counts or ():
+                mark_dynamic(count, 0)
+        held = [layer.slots for layer in work.layers]
         for tensor in (block.valid, *tokens.values(), *(value for value in options.values() if isinstance(value, Tensor))):
             if tensor is not None and tensor.dim() > 1:
                 mark_dynamic(tensor, *((0,) if phase == "decode" else (0, 1)))
-        slots = SlotCache(work.layers, sizes, counts)
-        out, seen = self.engine.run(
-            self.base, phase, plan, self.on_refuse, slots, work.lengths_seen, block.valid, work.empty, tokens, options
-        )
+        length_seen = None
+        if phase != "prefill":
+            length_seen = size_of(work.get_seq_length(), device)
+            mark_dynamic(length_seen, 0)
+        out, seen = self._run(phase, plan, work, (sizes, counts, length_seen), (block.valid, tokens, options))
         if plan.score is not None:
             self._check_finite(work)
-        work.took(tokens.get("input_ids"), block.valid, seen, length)
+        work.took(tokens.get("input_ids"), block.valid, seen, length, held)
         if phase != "decode":
             if counts is not None or block.valid is not None:
-                self._settle(work, held, block, evicted=plan.score is not None)
+                work.push_empty_left(fixed=self.engine.whole)
             work.owner, work.fingerprint = Owner.of(self.base), None
             if evict:
                 work.policy = str(self.policy)
             work.mark()
             cache.__dict__.update(work.__dict__)
-        elif held == 1:
+        elif 1 in held:
             work.mark()  # a graph for one slot is specialised, and so are the marks of what it makes
         out.past_key_values = cache
         return out
 
-    def _sizes(self, block: _Block) -> tuple[list[Tensor], Tensor | None]:
+    def _run(self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, Any, Any], inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
+        """Run the step of the engine; leave layers alone that turn out not to be understood, if they are whole."""
+        start = next((layer.next_position for layer in work.layers if layer.window is None), None)
+        while True:
+            slots = SlotCache(work.layers, *lengths, start, work.has_empty, self.engine.whole if phase != "prefill" else frozenset())
+            valid, tokens, options = inputs
+            given = (work.lengths_seen, valid, tokens, options, hf.takes_positions(self.base))
+            try:
+                return self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
+            except Stranded as stranded:
+                evicted = [layer for layer in stranded.layers if work.layers[layer].evicted]
+                if evicted or not stranded.layers.keys() - self.engine.whole:
+                    raise SiteRefused(
+                        f"slots were evicted from the cache of {self.engine.name}, but what reads the cache is not understood, so "
+                        f"that the next tokens cannot be computed:\n  {stranded}\nCompress with another policy, or with none."
+                    ) from stranded
+                self.engine.whole |= frozenset(stranded.layers)
+
+    def _sizes(self, block: _Block) -> tuple[list[Tensor], list[Tensor] | None]:
         """How many slots the graph shall hold of the new tokens, per layer or for all, and how many of them each row fills."""
-        layers = hf.layer_count(self.base)
-        rows = [self.policy.counts(length, layers) for length in block.lengths]
-        if any(len(set(row)) > 1 for row in rows):
-            if block.valid is not None:
-                raise InputError(
-                    f"{self.policy.name} gives layers different lengths, which rows of different lengths cannot have yet, got "
-                    f"{list(block.lengths)} tokens. Compress the rows one by one, or take shape=flat."
-                )
-            return [size_of(count, block.device) for count in rows[0]], None
-        counts = [row[0] for row in rows]
-        slots = max(counts)
-        if slots == 1 and block.length > 1:
-            slots = 2  # one of them stays empty: a graph for exactly one slot would be one more
-        if block.valid is None and slots == counts[0]:
-            return [size_of(slots, block.device)], None
-        return [size_of(slots, block.device)], torch.tensor(counts, device=block.device)
+        layers = len(hf.windows(self.base))
+        per_layer = list(zip(*(self.policy.counts(length, layers) for length in block.lengths), strict=True))
+        if len(set(per_layer)) == 1:
+            per_layer = per_layer[:1]
+        slots = [max(counts) for counts in per_layer]
+        if block.length > 1:
+            slots = [max(2, most) for most in slots]  # with one empty: a graph for exactly one slot would be one more
+        sizes = [size_of(most, block.device) for most in slots]
+        if block.valid is None and slots == [counts[0] for counts in per_layer]:
+            return sizes, None
+        return sizes, [torch.tensor(counts, device=block.device) for counts in per_layer]
 
     def _check_finite(self, cache: Cache) -> None:
         """One host sync per eviction, so that a ranking by NaN is never used."""
@@ -170,18 +185,6 @@ class Runner:
                 f"scores of {self.policy.name} are not finite in layers {bad}: the keys, queries or values there hold inf or nan. "
                 "Nothing was stored. Check the weights and the dtype (float16 overflows where bfloat16 does not)."
             )
-
-    def _settle(self, cache: Cache, held: int, block: _Block, evicted: bool) -> None:
-        """Bring empty slots to the left after a forward that left some."""
-        if not cache.is_uniform:
-            raise UnsupportedModel("padded rows need every attention layer to be understood; see kvfx.explain(model)")
-        new = cache.layers[0].slots - held
-        filled = cache.layers[0].prefix[:, 0, -new:] >= 0 if evicted or block.valid is None else block.valid
-        if cache.empty is not None:
-            past = torch.arange(held, device=block.device) >= cache.empty[:, None]
-        else:
-            past = torch.ones(block.batch, held, dtype=torch.bool, device=block.device)
-        cache.push_empty_left(torch.cat([past, filled], 1))
 
 
 def _packed(tensor: Tensor) -> Tensor:

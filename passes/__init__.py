@@ -17,12 +17,14 @@ from kvfx.passes.insert_eviction import insert_eviction
 from kvfx.passes.insert_scores import insert_scores
 from kvfx.passes.lower import lower
 from kvfx.passes.plan import Plan
+from kvfx.passes.read_slots import read_slots
 from kvfx.passes.report import Report
 from kvfx.passes.verify import verify
 
 PIPELINE = (
     find_attention,  # first: everything else starts from sites
     attach_cache,  # before scores: a site that writes no cache needs none
+    read_slots,  # from here on lengths are physical
     insert_scores,  # before eviction: a score reads the whole prompt
     insert_eviction,  # rewires the cache, after which the full keys and values die early
     lower,  # last: from here on there is plain ATen only

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
+from kvfx.passes.axes import Order, is_straight, ordered, peel
+from kvfx.passes.cache_read import READ, WINDOW
 from kvfx.passes.cache_write import WRITE
-from kvfx.passes.graph import aten, inputs, is_call
+from kvfx.passes.graph import aten, inputs, is_call, replace_outputs
 from kvfx.passes.output_weight import output_weight
 from kvfx.passes.plan import Plan
 from kvfx.passes.pre_rope import before_rope
@@ -13,53 +17,83 @@ from kvfx.passes.report import Refusal, Refuse, Report, Site
 from kvfx.passes.rotation import FutureRotation
 
 
+Key = tuple[fx.Node, Order]  # a tensor, whatever the order of its axes
+
+
 def attach_cache(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Fill in each site's cache spelling and layer; where it evicts, its `cache_write` and the taps of the plan."""
     rotations = [FutureRotation(future) for future in plan.futures]
+    windows = _take_out_windows(module.graph)
+    writes = module.graph.find_nodes(op="call_function", target=WRITE)
+    by_key = {peel(write.args[0]): write for write in writes}
+    taken: dict[fx.Node, Site] = {}
     for site in report.sites:
         try:
-            _attach(site)
+            _attach(site, by_key, windows, taken)
             if "write" in site.nodes:
                 _tap(site, plan, rotations)
         except Refuse as refuse:
             site.refusal = refuse.reason
-    taken = {site.nodes["write"] for site in report.sites if "write" in site.nodes}
-    writes = module.graph.find_nodes(op="call_function", target=WRITE)
     report.layers = len(writes)
+    report.whole = tuple(write.args[5] for write in writes if write not in taken or taken[write].refusal)
     for write in writes:
         if write not in taken:
             reason = f"cache layer {write.args[5]} stores keys that no attention found in this graph reads"
             report.refusals.append(Refusal("attach_cache", reason, write.name))
 
 
-def _attach(site: Site) -> None:
-    """The keys that attention reads are new ones, or a growing cache with new ones behind it."""
-    key, value = site.nodes["key"], site.nodes["value"]
-    if is_call(key, aten.cat.default) and is_call(value, aten.cat.default):
-        past_key, new_key = _halves(key)
-        _, new_value = _halves(value)
-        if past_key.op != "placeholder":
-            raise Refuse(f"keys are joined to `{past_key.name}`, which is no input of the graph", key)
-        site.cache = "cat"
-    else:
-        new_key, new_value = key, value
-        site.cache = "new"
-    write = next((user for user in new_key.users if is_call(user, WRITE) and user.args[0] is new_key), None)
+def _take_out_windows(graph: fx.Graph) -> dict[Key, tuple[int, int]]:
+    """Layer and window of the keys that `window_write` marks, whose markers have then done their work."""
+    windows = {}
+    for mark in graph.find_nodes(op="call_function", target=WINDOW):
+        key, value, layer, window = inputs(mark)
+        windows[peel(key)] = layer, window
+        replace_outputs(mark, [key, value])
+    return windows
+
+
+def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int, int]], taken: dict[fx.Node, Site]) -> None:
+    """The keys that attention reads are new ones, or those of `cache_read` with new ones behind them."""
+    attention = site.nodes["attention"]
+    key, value = inputs(attention)[1:3]
+    new_key, new_value = peel(key), peel(value)
+    site.cache = "new"
+    if is_call(new_key[0], aten.cat.default) and is_call(new_value[0], aten.cat.default):
+        (read, new_key), (values_read, new_value) = _halves(*new_key, 0), _halves(*new_value, 1)
+        if read is not values_read:
+            raise Refuse(f"the keys and values that attention reads come from different layers: `{read}`, `{values_read}`", key)
+        site.cache, site.layer = "cat", inputs(read)[6]
+        with attention.graph.inserting_before(attention):
+            site.nodes |= {"read": read, "key": ordered(*new_key), "value": ordered(*new_value)}
+    if new_key in windows:
+        site.layer, site.window = windows[new_key]
+        return
+    write = writes.get(new_key)
     if write is None:
         if site.cache == "new" and not any(user.op == "output" for user in key.users):
             raise Refuse(f"the keys `{key.name}` that attention reads are not what a cache stores", key)
         return
-    if write.args[1] is not new_value:
-        raise Refuse(f"the values `{new_value.name}` that attention reads are not what the cache stores", value)
+    if peel(write.args[1]) != new_value:
+        raise Refuse(f"the values `{new_value[0].name}` that attention reads are not what the cache stores", value)
     site.layer = inputs(write)[5]
-    site.nodes |= {"write": write, "key": new_key, "value": new_value}
+    if write in taken:
+        site.cache = f"shared with {taken[write].name}"
+        return
+    taken[write] = site
+    site.nodes |= {"write": write, "key": write.args[0], "value": write.args[1]}
 
 
-def _halves(cat: fx.Node) -> tuple[fx.Node, fx.Node]:
+def _halves(cat: fx.Node, order: Order, output: int) -> tuple[fx.Node, Key]:
+    """The `cache_read` and the new tensor that `cat`, its axes in `order`, joins along the axis of tokens."""
     tensors, axis = (*inputs(cat), 0)[:2]
-    if len(tensors) != 2 or axis not in (2, -2):
-        raise Refuse(f"`{cat.name}` joins {len(tensors)} tensors along axis {axis}, expected past and new along axis 2", cat)
-    return tensors[0], tensors[1]
+    if len(tensors) != 2 or order.index(axis % len(order)) != 2:
+        raise Refuse(f"`{cat.name}` joins {len(tensors)} tensors along axis {axis}, expected past and new tokens", cat)
+    (past, past_order), (new, new_order) = (peel(tensor) for tensor in tensors)
+    if not is_call(past, operator.getitem) or not is_call(past.args[0], READ) or past.args[1] != output:
+        raise Refuse(f"keys or values are joined to `{past.name}`, which is not what the cache holds of them", cat)
+    if not is_straight(tuple(past_order[axis] for axis in order)):
+        raise Refuse(f"`{cat.name}` joins the slots held in another order of axes than [B, Hkv, T, D]", cat)
+    return past.args[0], (new, tuple(new_order[axis] for axis in order))
 
 
 def _tap(site: Site, plan: Plan, rotations: list[FutureRotation]) -> None:

@@ -17,6 +17,14 @@ class Refuse(Exception):
         self.node = node
 
 
+class Stranded(Exception):
+    """Raised when the slots of layers that evicted cannot be given to what reads them; `layers` says why, by layer."""
+
+    def __init__(self, layers: dict[int, str]) -> None:
+        super().__init__("; ".join(f"layer {layer}: {reason}" for layer, reason in layers.items()))
+        self.layers = layers
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A place that looked like attention and was left exactly as it was."""
@@ -38,6 +46,7 @@ class Site:
     head_dim: int
     spelling: str = ""
     layer: int | None = None
+    window: int | None = None
     cache: str = ""
     taps: tuple[str, ...] = ()
     score: str = ""
@@ -65,7 +74,8 @@ class Report:
     Attributes:
         sites: attention sites in graph order, each compressed, merely found, or refused with its reason.
         refusals: nodes that a rule's pattern nearly described.
-        layers: cache layers that the graph writes under a plan.
+        layers: cache layers that the graph writes under a plan, those of sliding windows left out.
+        whole: those of them that no attention understood by the rules reads.
         leftovers: op counts worth knowing when no site was found, e.g. softmax calls.
         seconds: time spent in each pass.
     """
@@ -73,6 +83,7 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     layers: int = 0
+    whole: tuple[int, ...] = ()
     leftovers: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

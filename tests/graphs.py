@@ -21,19 +21,23 @@ def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | Non
     heads, dim = hf.kv_shape(model)
     for layer in layers if past else ():
         layer.store(torch.randn(batch, heads, past, dim), torch.randn(batch, heads, past, dim))
-        capture.mark_dynamic(layer.keys, 2)
-        capture.mark_dynamic(layer.values, 2)
+        layer.prefix = torch.arange(past, dtype=torch.int32).expand(batch, heads, -1).contiguous()
+        for tensor in (layer.keys, layer.values, layer.prefix):
+            capture.mark_dynamic(tensor, 2)
     size = None if keep is None else size_of(keep, device)
-    counts = None if valid is None or keep is None else torch.full((batch,), keep)
+    length = size_of(past, device) if past else None
+    counts = None if valid is None or keep is None else [torch.full((batch,), keep)]
     for tensor in (ids, valid):
         if tensor is not None:
             capture.mark_dynamic(tensor, 1)
-    if size is not None:
-        capture.mark_dynamic(size, 0)
-    seen = torch.full((batch,), past)
+    for carrier in (size, length):
+        if carrier is not None:
+            capture.mark_dynamic(carrier, 0)
+    seen, start = torch.full((batch,), past), torch.full((batch,), past)
+    slots = SlotCache(layers, None if size is None else [size], counts, length, start)
     try:
         with torch.no_grad():
-            run(model, SlotCache(layers, None if size is None else [size], counts), seen, valid, None, {"input_ids": ids}, {})
+            run(model, slots, seen, valid, {"input_ids": ids}, {}, True)
     except RuntimeError:
         # A marker that no pass has replaced cannot run; the graph is what was wanted.
         if not caught:

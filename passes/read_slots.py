@@ -1,0 +1,79 @@
+"""Put the slots held in place of `cache_read`: into attention's keys and values, and their columns into its mask."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvfx.passes.cache_read import READ
+from kvfx.passes.graph import aten, call, inputs, is_call, replace_outputs, val
+from kvfx.passes.plan import Plan
+from kvfx.passes.report import Refuse, Report, Site, Stranded
+
+
+def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
+    """Let each attention read slots where the model was traced with all tokens seen.
+
+    Raises:
+        Stranded: something else reads the keys or values of a layer that has evicted.
+    """
+    stranded: dict[int, str] = {}
+    for site in report.sites:
+        if "read" not in site.nodes:
+            continue
+        try:
+            _swap(site)
+        except Refuse as refuse:
+            site.refusal = refuse.reason
+    module.graph.eliminate_dead_code()
+    for read in module.graph.find_nodes(op="call_function", target=READ):
+        keys, values, *_, layer, _, whole = inputs(read)
+        if whole:
+            replace_outputs(read, [keys, values])
+            continue
+        reasons = [site.refusal for site in report.sites if site.refusal and site.layer == layer]
+        readers = ", ".join(f"`{user.name}`" for output in read.users for user in output.users)
+        stranded[layer] = "; ".join(reasons or report.reasons()) or f"{readers} reads its keys or values, which is no known attention"
+    if stranded:
+        raise Stranded(stranded)
+
+
+def _swap(site: Site) -> None:
+    nodes, attention = site.nodes, site.nodes["attention"]
+    query, key, _, mask, _, is_causal = inputs(attention)[:6]
+    keys, values, prefix, start, seen, size, _, empty, whole = inputs(nodes["read"])
+    if is_causal:
+        raise Refuse("attention over a cache is causal by flag, which counts keys from the first one", attention)
+    graph, heads = attention.graph, val(query).shape[1]
+    with graph.inserting_before(attention):
+        columns = _four_axes(mask) if mask is not None else None
+        if not whole and (empty or columns is not None):
+            if columns is not None and str(val(columns).shape[3]) not in (str(val(key).shape[2]), "1"):
+                raise Refuse(f"the mask `{mask.name}` has {val(columns).shape[3]} columns for {val(key).shape[2]} keys", mask)
+            length = call(graph, operator.sub, call(graph, aten.sym_size.int, size, 0), 1)
+            new = call(graph, aten.sym_size.int, nodes["key"], 2)
+            columns = call(graph, torch.ops.kvfx.slot_mask.default, columns, keys, prefix, start, seen, length, new, empty, heads)
+        read = [_joined(past, new, attention) for past, new in ((keys, nodes["key"]), (values, nodes["value"]))]
+        arguments = [query, *read, columns, *inputs(attention)[4:]]
+        swapped = call(graph, attention.target, *arguments)
+    attention.replace_all_uses_with(swapped)
+    graph.erase_node(attention)
+    nodes["attention"] = swapped
+
+
+def _joined(past: fx.Node, new: fx.Node, attention: fx.Node) -> fx.Node:
+    """Slots and new ones behind them, as the cache joins them if it does."""
+    for user in past.users:
+        if is_call(user, aten.cat.default) and inputs(user) == [[past, new], 2] and user < attention:
+            return user
+    return call(attention.graph, aten.cat.default, [past, new], 2)
+
+
+def _four_axes(mask: Any) -> fx.Node:
+    value: Tensor = val(mask)
+    for _ in range(4 - value.dim()):
+        mask = call(mask.graph, aten.unsqueeze.default, mask, 0)
+    return mask
