@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from kvfx import hf
 from kvfx.cache import CacheLayer, SlotCache
 from kvfx.engine import step
 from kvfx.passes import capture
@@ -17,8 +16,8 @@ def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | Non
     caught: list[fx.GraphModule] = []
     run = capture.compile_with(step, caught.append, "eager")
     batch, device = ids.shape[0], ids.device
-    layers = [CacheLayer() for _ in range(hf.layer_count(model))]
-    heads, dim = hf.kv_shape(model)
+    layers = [CacheLayer() for _ in range(model.config.num_hidden_layers)]
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
     for layer in layers if past else ():
         layer.store(torch.randn(batch, heads, past, dim), torch.randn(batch, heads, past, dim))
         layer.prefix = torch.arange(past, dtype=torch.int32).expand(batch, heads, -1).contiguous()
