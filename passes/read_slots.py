@@ -28,7 +28,8 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             _swap(site)
         except Refuse as refuse:
             site.refusal = refuse.reason
-    module.graph.eliminate_dead_code()
+    tapped = {node for site in report.sites for name, node in site.nodes.items() if name != "read"}
+    module.graph.eliminate_dead_code(lambda node: node in tapped or node.is_impure())  # scores will read what is tapped
     for read in module.graph.find_nodes(op="call_function", target=READ):
         keys, values, *_, layer, _, whole = inputs(read)
         if whole:
