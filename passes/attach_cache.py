@@ -16,7 +16,6 @@ from kvfx.passes.pre_rope import before_rope
 from kvfx.passes.report import Refusal, Refuse, Report, Site
 from kvfx.passes.rotation import FutureRotation
 
-
 Key = tuple[fx.Node, Order]  # a tensor, whatever the order of its axes
 
 

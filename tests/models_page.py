@@ -22,13 +22,13 @@ COLUMNS = (
 )
 HEAD = """# Models
 
-Written by `make models`; the tests assert that each row still is what a run finds. A row is a tiny random model of the family, given to
+Written by `make models`; the tests assert that each row is what a run finds. A row is a tiny random model of the family, given to
 `kvfx.compile` and compared with a reference that runs the plain model eagerly, float64 beside it, and hides what was evicted.
 
 - **attention found as**: the rule that recognised it. **cache**: how new keys join the held ones in a decode step.
-- **kv heads**: heads of the cache, of query heads. **layers**: what they see; only full ones are compressed, the others keep all.
+- **kv heads**: heads of the cache, of query heads. **layers**: what they see; full ones are compressed, the others left alone.
 - **key before RoPE**: whether scores that read it get it. **policies**: whose kept tokens equal the reference's ranking.
-- **all kept**: keeping everything changes no logits. **uneven decode**: eight steps after every head evicted tokens of its own.
+- **all kept**: keeping everything changes no logits. **uneven decode**: eight steps after each head evicted tokens of its own.
 - **padded rows**: a padded row keeps and decodes as it does alone. **block**: several new tokens at once equal one by one.
 
 """

@@ -99,7 +99,7 @@ class Family:
         self.traced.append(copy.deepcopy(module))
         return REAL_RUN(module, plan)
 
-    # -- the checks, each of which ends in a cell of docs/models.md -------------------------------------------------------------------
+    # -- the checks, each of which ends in a cell of docs/models.md ----------------------------------------------------------------
 
     @functools.cached_property
     def sites(self) -> str:
@@ -122,7 +122,8 @@ class Family:
         sites = [site for site in report.sites if site.layer in self.row.full]
         assert not any(site.refusal for site in sites), report.reasons()
         nodes = [site.nodes[tap] for site in sites for tap in TAPS]
-        found = iter(computed(module, nodes, model=self.model, tokens={"input_ids": self.ids}, seen=torch.zeros(1, dtype=torch.long)))
+        inputs = {"model": self.model, "tokens": {"input_ids": self.ids}, "seen": torch.zeros(1, dtype=torch.long)}
+        found = iter(computed(module, nodes, **inputs))
         low, exact = self.read()
         for layer in self.row.full:
             assert low[layer].roped == self.row.roped[layer]
@@ -184,7 +185,7 @@ class Family:
         self.check_logits(cache, 0, LENGTH, tokens, logits)
         return "yes"
 
-    # -- against the reference -------------------------------------------------------------------------------------------------------
+    # -- against the reference -----------------------------------------------------------------------------------------------------
 
     def check_kept(self, cache: kvfx.Cache, row: int, policy: str, length: int) -> None:
         low, exact = self.read(length)
@@ -194,7 +195,7 @@ class Family:
             kept = [[p for p in head if p >= 0] for head in cache.layers[layer].positions[row].tolist()]
             assert len(kept) == self.row.kv_heads
             if kind != "full":
-                assert kept == [list(range(length))] * len(kept)
+                assert kept == [list(range(length - zoo.WINDOW + 1, length))] * len(kept)  # with the next token, a window
                 continue
             sketch = draw_sketch(0, layer, self.row.kv_heads, low[layer].key.shape[3], 48)
             score, best = (getattr(reference, policy)(zoo_reference.taps(read[layer]), sketch=sketch) for read in (low, exact))
@@ -307,15 +308,14 @@ def test_the_reference_finds_the_key_that_the_layer_projects(name):
 @pytest.mark.parametrize("name", ["llama", "llama, eager", "qwen3", "cohere", "glm4", "gpt2", "gpt-neox", "gpt-j", "falcon"])
 def test_the_references_tensors_give_what_attention_gave(name):
     row, future = zoo.ROWS[name], torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+
+    def attention(read: zoo_reference.Read, dtype: torch.dtype) -> Tensor:
+        query, key, value = (states.to(dtype) for states in (read.query, read.key, read.value))
+        key, value = (states.repeat_interleave(row.query_heads // row.kv_heads, 1) for states in (key, value))
+        return (query @ key.mT / 4).masked_fill(future, -torch.inf).softmax(-1) @ value
+
     for read in zoo_reference.capture(zoo.make(row), zoo.prompt(LENGTH), row.kv_heads)[0]:
-        low, exact = (
-            (query @ key.mT / 4).masked_fill(future, -torch.inf).softmax(-1) @ value
-            for query, key, value in (
-                [states.to(dtype).repeat_interleave(row.query_heads // states.shape[1], 1) for states in (read.query, read.key, read.value)]
-                for dtype in (torch.float32, torch.float64)
-            )
-        )  # fmt: skip
-        assert_within_rounding(read.output, low, exact)
+        assert_within_rounding(read.output, attention(read, torch.float32), attention(read, torch.float64))
 
 
 # -- what kvfx does ----------------------------------------------------------------------------------------------------------------

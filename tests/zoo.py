@@ -20,7 +20,11 @@ SIZES = {
 TWO = {"num_hidden_layers": 2}
 WINDOWED = {**TWO, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-OLD = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.3}  # families with their own names
+# Families with names of their own for sizes.
+OLD = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.3}
+GPT = {**OLD, "n_embd": 64, "n_layer": 1, "n_head": 4}
+ALIBI = {**SIZES, "multi_query": True, "alibi": True, "new_decoder_architecture": False}
+LLAMA4 = {**SIZES, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 48}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,6 @@ class Row:
         roped: whether each layer has RoPE.
         attention: the attention implementation, which is what a user gets unless the name of the row says otherwise.
         head: class of the model, where it is not FAMILYForCausalLM.
-        scaled_query: layers that scale queries by their position behind, or without, RoPE.
     """
 
     family: str
@@ -86,21 +89,33 @@ ROWS = {
     "ernie4.5": Row("Ernie4_5", {**SIZES, "head_dim": 16, "use_bias": True}),
     "hunyuan": Row("HunYuanDenseV1", {**SIZES, "head_dim": 16}),
     "seed-oss": Row("SeedOss", {**SIZES, "head_dim": 16}),
-    "gpt2": Row("GPT2", {**OLD, "n_embd": 64, "n_layer": 2, "n_head": 4}, ("full", "full"), 4, roped=(False, False), head="GPT2LMHeadModel"),
-    "gpt2, eager": Row("GPT2", {**OLD, "n_embd": 64, "n_layer": 1, "n_head": 4}, kv_heads=4, roped=(False,), attention="eager", head="GPT2LMHeadModel"),
+    "gpt2": Row("GPT2", {**GPT, "n_layer": 2}, ("full", "full"), 4, roped=(False, False), head="GPT2LMHeadModel"),
+    "gpt2, eager": Row("GPT2", GPT, kv_heads=4, roped=(False,), attention="eager", head="GPT2LMHeadModel"),
     "gpt-neox": Row("GPTNeoX", {**SIZES, "rotary_pct": 0.5}, kv_heads=4),
-    "gpt-j": Row("GPTJ", {**OLD, "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 8}, kv_heads=4, attention="eager"),
+    "gpt-j": Row("GPTJ", {**GPT, "rotary_dim": 8}, kv_heads=4, attention="eager"),
     "opt": Row("OPT", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 64}, kv_heads=4, roped=(False,)),
     "bloom": Row("Bloom", {**OLD, "hidden_size": 64, "n_layer": 1, "n_head": 4}, kv_heads=4, roped=(False,), attention="eager"),
-    "mpt": Row("Mpt", {**OLD, "d_model": 64, "n_layers": 1, "n_heads": 4, "max_seq_len": 512}, kv_heads=4, roped=(False,), attention="eager"),
+    "mpt": Row(
+        "Mpt", {**OLD, "d_model": 64, "n_layers": 1, "n_heads": 4, "max_seq_len": 512}, kv_heads=4, roped=(False,),
+        attention="eager",
+    ),
     "falcon": Row("Falcon", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}, kv_heads=4),
-    "falcon, alibi": Row("Falcon", {**SIZES, "multi_query": True, "alibi": True, "new_decoder_architecture": False}, kv_heads=1, roped=(False,)),
-    "falcon, alibi, eager": Row("Falcon", {**SIZES, "multi_query": True, "alibi": True, "new_decoder_architecture": False}, kv_heads=1, roped=(False,), attention="eager"),
-    "gpt-oss": Row("GptOss", {**SIZES, **WINDOWED, "max_position_embeddings": 32 * 4096, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, ALTERNATING, roped=PLAIN, attention="eager"),
+    "falcon, alibi": Row("Falcon", ALIBI, kv_heads=1, roped=(False,)),
+    "falcon, alibi, eager": Row("Falcon", ALIBI, kv_heads=1, roped=(False,), attention="eager"),
+    "gpt-oss": Row(
+        "GptOss",
+        {
+            **SIZES, **WINDOWED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "max_position_embeddings": 32 * 4096,  # what its RoPE is made for
+        },
+        ALTERNATING, roped=PLAIN, attention="eager",
+    ),
     "llama4": Row(
-        "Llama4Text",
-        {**SIZES, **TWO, "head_dim": 16, "no_rope_layers": [1, 0], "attention_chunk_size": WINDOW, "num_local_experts": 4, "intermediate_size_mlp": 48},
-        ("chunked", "full"), roped=(True, False), head="Llama4ForCausalLM",
+        "Llama4Text", {**LLAMA4, **TWO, "no_rope_layers": [1, 0], "attention_chunk_size": WINDOW}, ("chunked", "full"),
+        roped=(True, False), head="Llama4ForCausalLM",
+    ),
+    "llama4, full": Row(
+        "Llama4Text", {**LLAMA4, "no_rope_layers": [1], "layer_types": ["full_attention"]}, head="Llama4ForCausalLM"
     ),
 }  # fmt: skip
 

@@ -87,29 +87,23 @@ class Watch(TorchFunctionMode):
                 self.product = (name, args, kwargs, out)
         return out
 
-    # -- scaled_dot_product_attention -----------------------------------------------------------------------------------------------
+    # -- scaled_dot_product_attention --------------------------------------------------------------------------------------------
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                is_causal: bool = False, **options: Any) -> Tensor:  # fmt: skip
         """Record and attend, evicted slots out of sight."""
         hidden = self.hidden_from(query.shape[1], key.shape[2])
         if hidden is not None:
-            new, held = query.shape[2], key.shape[2]
-            seen = ~hidden
-            if is_causal:
-                seen = seen & torch.ones(new, held, dtype=torch.bool).tril(0)
-            if attn_mask is None:
-                attn_mask = seen
-            elif attn_mask.dtype == torch.bool:
-                attn_mask = attn_mask & seen
+            assert not is_causal, "slots are hidden from single tokens only"
+            if attn_mask is None or attn_mask.dtype == torch.bool:
+                attn_mask = ~hidden if attn_mask is None else attn_mask & ~hidden
             else:
-                attn_mask = attn_mask.masked_fill(~seen, -torch.inf)
-            is_causal = False
+                attn_mask = attn_mask.masked_fill(hidden, -torch.inf)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
         self.record(query, key, value, None, out)
         return out
 
-    # -- softmax between two products -----------------------------------------------------------------------------------------------
+    # -- softmax between two products --------------------------------------------------------------------------------------------
 
     def weigh(self, logits: Tensor) -> Tensor:
         """If `logits` are those of attention: remember what made them, and hide slots. Others are returned as they are."""
@@ -157,7 +151,7 @@ class Watch(TorchFunctionMode):
         """`[B, H, ., .]` of that, or of `[B*H, ., .]`, or of `[B, Hkv, G, ., .]`."""
         return tensor.reshape(self.rows, -1, *tensor.shape[-2:])
 
-    # -- both -----------------------------------------------------------------------------------------------------------------------
+    # -- both --------------------------------------------------------------------------------------------------------------------
 
     def hidden_from(self, heads: int, slots: int) -> Tensor | None:
         """Slots out of sight of each query head of the layer that comes next, `[B, Hq, 1, T]`."""
