@@ -7,34 +7,46 @@ from .op import KernelOp
 
 
 def slot_mask(
-    mask: Tensor | None, keys: Tensor, prefix: Tensor, start: Tensor, seen: Tensor, length: int, new: int, empty: bool, heads: int
+    mask: Tensor | None,
+    keys: Tensor,
+    fresh: Tensor,
+    prefix: Tensor,
+    start: Tensor,
+    seen: Tensor,
+    size: Tensor,
+    empty: bool,
+    heads: int,
 ) -> Tensor:
     """Turn a mask over all tokens seen into one over the slots that are left of them.
 
-    Column c of the given mask belongs to token c of a row that has seen `length` tokens. A row that has seen fewer is aligned on the
-    right, so its token p has column p + length - seen. The columns of the new tokens stay as they are.
+    Column c of the given mask belongs to token c of a row that has seen L tokens. A row that has seen fewer is aligned on the
+    right, so its token p has column p + L - seen. The columns of the n new tokens behind them stay as they are.
 
     Args:
-        mask: [1 or B, 1 or Hq, 1 or S, length + new] or one column for all; bool (True takes part) or additive. None: nothing is hidden but empty slots.
-        keys: slots, [B, Hkv, T, D]; read for its shape alone.
+        mask: [1 or B, 1 or Hq, 1 or S, L + n] or one column for all; bool (True takes part) or additive. None: nothing is hidden
+            but empty slots.
+        keys: slots, [B, Hkv, T, D]; read for its shape alone, like the next one and `size`.
+        fresh: new keys, [B, Hkv, n, D].
         prefix: positions of the first P slots, [B, Hkv, P] int32, -1 for an empty slot.
         start: position of slot P of each row, from which on slots are consecutive, [B] int64; negative ones are empty.
         seen: real tokens that each row has seen, [B] int64.
-        length: columns of the tokens seen.
-        new: columns of new tokens.
+        size: [L + 1, 0].
         empty: whether there may be empty slots, which are hidden.
         heads: Hq.
 
     Returns:
-        [1 or B, 1 or Hq, 1 or S, T + new], or the mask itself where it has one column for all and no slot is empty.
+        [1 or B, 1 or Hq, 1 or S, T + n], or the mask itself where it has one column for all and no slot is empty.
 
     Cost: reads and writes T values for each mask row and head with slots of its own.
     """
     batch, kv_heads, slots = keys.shape[:3]
+    length, new = size.shape[0] - 1, fresh.shape[2]
     each = kv_heads if prefix.shape[2] else 1  # without a prefix, slots are consecutive and alike in all heads
-    tail = torch.arange(slots - prefix.shape[2], device=start.device) + start[:, None]
-    tail = tail[:, None].expand(batch, each, -1)
-    positions = torch.cat([prefix.long(), tail], 2) if prefix.shape[2] else tail
+    place = torch.arange(slots, device=start.device).expand(batch, each, -1)
+    positions = place - prefix.shape[2] + start[:, None, None]
+    if prefix.shape[2]:
+        last = prefix.shape[2] - 1
+        positions = torch.where(place <= last, prefix.long().gather(2, place.clamp(max=last)), positions)
     there = positions[:, :1, None] >= 0  # all heads of a row have equally many, on the right
     if mask is None:
         return torch.cat([there, there.new_ones(batch, 1, 1, new)], 3)
@@ -46,16 +58,16 @@ def slot_mask(
         held = held.gather(3, columns.expand(-1, -1, mask.shape[2], -1))
         if columns.shape[1] not in (1, heads):
             held = held.repeat_interleave(heads // kv_heads, 1)
-        fresh = mask[..., length:].expand(batch, held.shape[1], -1, -1)
+        behind = mask[..., length:].expand(batch, held.shape[1], -1, -1)
     elif empty:
         held = mask.expand(batch, -1, -1, slots)
-        fresh = mask.expand(batch, -1, -1, new)
+        behind = mask.expand(batch, -1, -1, new)
     else:
         return mask
     if empty:
         lost = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         held = held.masked_fill(~there, lost)
-    return torch.cat([held, fresh], 3)
+    return torch.cat([held, behind], 3)
 
 
 def _inputs(dims, dtype, device, seed):
@@ -64,14 +76,15 @@ def _inputs(dims, dtype, device, seed):
     slots = max(1, S // 2)
     prefix = torch.rand(B, H, S, generator=generator).argsort(-1)[..., :slots].sort(-1).values.int().to(device)
     seen = torch.full((B,), S, device=device)
-    mask = torch.ones(1, 1, 3, S + 3, dtype=torch.bool, device=device).tril(S)
-    keys = torch.zeros(B, H, slots, D, dtype=dtype, device=device)
-    return mask, keys, prefix, seen, seen, S, 3, False, H * G
+    mask = torch.rand(B, H * G, 3, S + 3, generator=generator).to(device) < 0.7
+    keys, fresh = torch.zeros(B, H, slots, D, dtype=dtype, device=device), torch.zeros(B, H, 3, D, dtype=dtype, device=device)
+    return mask, keys, fresh, prefix, seen, seen, torch.empty(S + 1, 0, device=device), False, H * G
 
 
 OP = KernelOp(
     "slot_mask",
-    "(Tensor? mask, Tensor keys, Tensor prefix, Tensor start, Tensor seen, SymInt length, SymInt new, bool empty, int heads) -> Tensor",
+    "(Tensor? mask, Tensor keys, Tensor fresh, Tensor prefix, Tensor start, Tensor seen, Tensor size, bool empty, int heads)"
+    " -> Tensor",
     slot_mask,
     _inputs,
     cost="reads and writes T values for each mask row and head",

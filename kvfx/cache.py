@@ -273,7 +273,9 @@ class Cache(transformers.Cache):
 
     def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, held: Sequence[int]) -> None:
         """Account for a forward over `length` new tokens, after its graph stored them in the layers, which held `held` slots."""
-        all_held = [layer.take(length, slots, self.lengths_seen, seen, valid) for layer, slots in zip(self.layers, held, strict=True)]
+        all_held = [
+            layer.take(length, slots, self.lengths_seen, seen, valid) for layer, slots in zip(self.layers, held, strict=True)
+        ]
         self.lengths_seen, whole = seen, all(all_held)
         if self._ids is not None:
             self._ids = None if ids is None else [*self._ids, ids]

@@ -132,6 +132,8 @@ class CacheLayer(DynamicLayer):
             few = torch.arange(min(2, slots), device=self.keys.device)
             self.prefix = (before[:, None] + few).int()[:, None].expand(-1, heads, -1).contiguous()
             self.next_position = before + few.numel()
+        elif self.prefix.shape[2] < 2 <= slots:
+            self.prefix, self.next_position = self.positions_until(2), self.next_position + 1
         return slots - held == length
 
     def arrange(self, order: Tensor, blank: Tensor, seen: Tensor) -> None:
@@ -227,9 +229,9 @@ class SlotCache(transformers.Cache):
             stored_key = torch.cat([layer.keys, stored_key], 2)
             stored_value = torch.cat([layer.values, stored_value], 2)
         if layer.window is not None and not self.padded:
-            # A copy, because a view would keep all of it alive.
-            stored_key = stored_key[:, :, 1 - layer.window :].clone()
-            stored_value = stored_value[:, :, 1 - layer.window :].clone()
+            stored_key, stored_value = stored_key[:, :, 1 - layer.window :], stored_value[:, :, 1 - layer.window :]
+        # Own memory, because a view would keep all of it alive, and one layout, because another would be a new graph.
+        stored_key, stored_value = stored_key.contiguous(), stored_value.contiguous()
         layer.keys, layer.values = stored_key, stored_value
         return key, value
 

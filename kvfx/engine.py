@@ -156,6 +156,12 @@ def _judge(report: Report, model: str, on_refuse: str) -> None:
             f"no attention was recognised in {model}. Found instead: {found}.{refused}\n"
             "Expected scaled_dot_product_attention: load the model with attn_implementation='sdpa'."
         )
+    if not report.layers and any(site.window for site in report.sites):
+        windows = sorted({site.window for site in report.sites if site.window})
+        warnings.warn(
+            f"no cache layer of {model} is compressed: all hold sliding windows, of {windows} tokens, which no policy touches",
+            stacklevel=2,
+        )
     if not report.reasons():
         return
     text = (

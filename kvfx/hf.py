@@ -99,15 +99,10 @@ def windows(model: transformers.PreTrainedModel) -> tuple[int | None, ...]:
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedModel(
-                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, which is no cache of keys and values alone; "
-                "models with recurrent or indexed layers are not supported yet."
+                f"layer {index} of {type(model).__name__} keeps a {type(layer).__name__}, which is no cache of keys and values "
+                "alone; models with recurrent or indexed layers are not supported yet."
             )
     return tuple(getattr(layer, "sliding_window", None) for layer in layers)
-
-
-def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward has an argument `position_ids`."""
-    return "position_ids" in forward_signature(model).parameters
 
 
 def prepare_outputs(model: transformers.PreTrainedModel) -> None:

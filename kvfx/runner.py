@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,11 @@ class Runner:
     engine: Engine
     on_refuse: str
     accepted: tuple[Any, Owner | None] = (None, None)
+
+    @functools.cached_property
+    def takes_positions(self) -> bool:
+        """Whether the model's forward has an argument `position_ids`."""
+        return "position_ids" in hf.forward_signature(self.base).parameters
 
     def forward(self, arguments: dict[str, Any], *, compress: bool = False) -> Any:
         """A forward of the model: evicts if the cache is empty or `compress` is set, else appends."""
@@ -99,8 +105,8 @@ class Runner:
             mark_dynamic(work.lengths_seen, 0)
         elif block.valid is not None and any(layer.window for layer in work.layers):
             raise InputError(
-                f"rows of different lengths, {list(block.lengths)}, after the first turn: padding would count as part of the sliding "
-                "windows that this model has. Feed the rows one by one, or with equally many new tokens."
+                f"rows of different lengths, {list(block.lengths)}, after the first turn: padding would count as part of the "
+                "sliding windows that this model has. Feed the rows one by one, or with equally many new tokens."
             )
         sizes = counts = None
         if plan.score is not None:
@@ -144,13 +150,14 @@ class Runner:
         out.past_key_values = cache
         return out
 
-    def _run(self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, Any, Any], inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
+    def _run(self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
         """Run the step of the engine; leave layers alone that turn out not to be understood, if they are whole."""
         start = next((layer.next_position for layer in work.layers if layer.window is None), None)
+        valid, tokens, options = inputs
+        given = (work.lengths_seen, valid, tokens, options, self.takes_positions)
         while True:
-            slots = SlotCache(work.layers, *lengths, start, work.has_empty, self.engine.whole if phase != "prefill" else frozenset())
-            valid, tokens, options = inputs
-            given = (work.lengths_seen, valid, tokens, options, hf.takes_positions(self.base))
+            whole = self.engine.whole if work.get_seq_length() else frozenset()
+            slots = SlotCache(work.layers, *lengths, start, work.has_empty, whole)
             try:
                 return self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
             except Stranded as stranded:
@@ -178,7 +185,8 @@ class Runner:
 
     def _check_finite(self, cache: Cache) -> None:
         """One host sync per eviction, so that a ranking by NaN is never used."""
-        finite = torch.stack([layer.finite for layer in cache.layers if layer.finite is not None]).tolist()
+        checked = [layer.finite for layer in cache.layers if layer.finite is not None]
+        finite = torch.stack(checked).tolist() if checked else []
         if not all(finite):
             bad = [index for index, fine in enumerate(finite) if not fine]
             raise InputError(

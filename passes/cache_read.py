@@ -1,8 +1,8 @@
 """The marker through which a traced forward sees the slots held: at the length they would have, had nothing been evicted.
 
 A model computes masks, positions and biases from the number of past keys. With `cache_read` in the graph it computes them for all
-tokens seen, by its own rules; `attach_cache` then puts the slots in place of the marker, and takes from each mask the columns of the
-tokens that the slots stand for. So nothing needs to be known of how a model makes a mask.
+tokens seen, by its own rules; `read_slots` then puts the slots in place of the marker, and takes from each mask the columns of the
+tokens that they stand for. So nothing needs to be known of how a model makes a mask.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from kvfx.passes.cache_write import LIBRARY, slots_of
 
 LIBRARY.define(
-    "cache_read(Tensor keys, Tensor values, Tensor prefix, Tensor start, Tensor seen, Tensor size, int layer, bool empty, bool whole)"
-    " -> (Tensor, Tensor)"
+    "cache_read(Tensor keys, Tensor values, Tensor prefix, Tensor start, Tensor seen, Tensor size,"
+    " int layer, bool empty, bool whole) -> (Tensor, Tensor)"
 )
 LIBRARY.define("window_write(Tensor key, Tensor value, int layer, int window) -> (Tensor, Tensor)")
 

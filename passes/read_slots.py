@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -28,16 +27,19 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             _swap(site)
         except Refuse as refuse:
             site.refusal = refuse.reason
-    tapped = {node for site in report.sites for name, node in site.nodes.items() if name != "read"}
-    module.graph.eliminate_dead_code(lambda node: node in tapped or node.is_impure())  # scores will read what is tapped
     for read in module.graph.find_nodes(op="call_function", target=READ):
+        _erase_unused(read)
+        if read._erased:
+            continue
         keys, values, *_, layer, _, whole = inputs(read)
         if whole:
             replace_outputs(read, [keys, values])
             continue
         reasons = [site.refusal for site in report.sites if site.refusal and site.layer == layer]
         readers = ", ".join(f"`{user.name}`" for output in read.users for user in output.users)
-        stranded[layer] = "; ".join(reasons or report.reasons()) or f"{readers} reads its keys or values, which is no known attention"
+        stranded[layer] = (
+            "; ".join(reasons or report.reasons()) or f"{readers} reads its keys or values, which is no known attention"
+        )
     if stranded:
         raise Stranded(stranded)
 
@@ -54,15 +56,23 @@ def _swap(site: Site) -> None:
         if not whole and (empty or columns is not None):
             if columns is not None and str(val(columns).shape[3]) not in (str(val(key).shape[2]), "1"):
                 raise Refuse(f"the mask `{mask.name}` has {val(columns).shape[3]} columns for {val(key).shape[2]} keys", mask)
-            length = call(graph, operator.sub, call(graph, aten.sym_size.int, size, 0), 1)
-            new = call(graph, aten.sym_size.int, nodes["key"], 2)
-            columns = call(graph, torch.ops.kvfx.slot_mask.default, columns, keys, prefix, start, seen, length, new, empty, heads)
+            given = (columns, keys, nodes["key"], prefix, start, seen, size, empty, heads)
+            columns = call(graph, torch.ops.kvfx.slot_mask.default, *given)
         read = [_joined(past, new, attention) for past, new in ((keys, nodes["key"]), (values, nodes["value"]))]
         arguments = [query, *read, columns, *inputs(attention)[4:]]
         swapped = call(graph, attention.target, *arguments)
     attention.replace_all_uses_with(swapped)
     graph.erase_node(attention)
     nodes["attention"] = swapped
+
+
+def _erase_unused(node: fx.Node) -> None:
+    """Erase `node` if nothing is computed from it. Only that: taps that no score reads yet have no users either."""
+    for user in list(node.users):
+        if user.op == "call_function":
+            _erase_unused(user)
+    if not node.users:
+        node.graph.erase_node(node)
 
 
 def _joined(past: fx.Node, new: fx.Node, attention: fx.Node) -> fx.Node:

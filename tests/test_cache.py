@@ -190,11 +190,11 @@ class AgainstAList(RuleBasedStateMachine):
                     assert not layer.keys[row, head, :empty].any()
                     assert not layer.values[row, head, :empty].any()
                     assert layer.keys[row, head, empty:].any(-1).all()
-                    assert (0 if self.cache.empty is None else int(self.cache.empty[row])) == empty
+                    assert self.cache.has_empty or empty == 0
 
     @invariant()
     def bytes_are_those_of_the_storages(self):
-        held = [self.cache.lengths_seen, self.cache.empty, *(self.cache._ids or []), *(self.cache._real or [])]
+        held = [self.cache.lengths_seen, *(self.cache._ids or []), *(self.cache._real or [])]
         for layer in self.cache.layers:
             held += [layer.keys, layer.values, layer.prefix, layer.next_position]
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t is not None}

@@ -151,7 +151,7 @@ def test_the_file_is_plain_safetensors_with_the_policy_and_what_the_context_was(
     header = json.loads(small[8 : 8 + length])
     about = json.loads(header["__metadata__"]["kvfx"])
     assert (about["format"], about["layout"], about["policy"]) == ("1.0", "dense", HALF)
-    assert about["layers"] == [{"kind": "full", "evicted": 1}] * 2
+    assert about["layers"] == [{"kind": "full", "evicted": 1, "window": None}] * 2
     assert about["store"] == {"dtype": "float32", "scales": None}
     assert header["ids"]["shape"] == [1, 3]
     assert set(about["sha256"]) == set(header) - {"__metadata__"}

@@ -195,12 +195,14 @@ def test_attention_over_keys_that_no_cache_stores_is_refused():
     assert [site.refusal for site in attached(module).sites] == ["the keys `add` that attention reads are not what a cache stores"]
 
 
-def test_keys_joined_to_something_that_is_no_input_are_refused():
+def test_keys_joined_to_something_else_than_the_cache_are_refused():
     def attend(q, k, v, past):
         return F.scaled_dot_product_attention(q, torch.cat([past * 2, k], 2), torch.cat([past, v], 2))
 
     module = graph_of(attend, *(randn(2, 4, 5, 8) for _ in range(4)))
-    assert [site.refusal for site in attached(module).sites] == ["keys are joined to `mul`, which is no input of the graph"]
+    assert [site.refusal for site in attached(module).sites] == [
+        "keys or values are joined to `mul`, which is not what the cache holds of them"
+    ]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
