@@ -29,6 +29,11 @@ from kvfx.passes.plan import OpCall, Plan
 from kvfx.passes.report import Report
 from yardstick import assert_within_rounding
 
+# Dynamo, where it meets the activation function of BLOOM.
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:<class 'torch\.autograd\.function\.Function'> should not be instantiated:DeprecationWarning"
+)
+
 LENGTH, SHORT = 40, 29  # of the prompts; longer than a window, and twice what is protected is less than either
 PROTECTED = {"knorm": (0, 0), "compactor": (8, 4)}
 REAL_RUN = passes.run
@@ -67,7 +72,7 @@ class Family:
         model = self.compiled("compactor:0.5")
         with pytest.MonkeyPatch.context() as patch, self.warning():
             patch.setattr(passes, "run", self._run)
-            cache = model.compress(self.ids)
+            cache = model(self.ids).past_key_values  # whose graph is that of the call that keeps everything
         work, tokens, logits = cache.copy(), [zoo.prompt(1, seed=2)], []
         for _ in range(8):
             logits.append(model(tokens[-1], past_key_values=work).logits)
@@ -135,7 +140,7 @@ class Family:
         for layer in self.row.full:
             assert low[layer].roped == self.row.roped[layer]
             for tap in TAPS:
-                assert_within_rounding(next(found), getattr(low[layer], tap), getattr(exact[layer], tap))
+                assert_within_rounding(next(found), getattr(low[layer], tap), getattr(exact[layer], tap).double())
         roped = [self.row.roped[layer] for layer in self.row.full]
         if not roped:
             return "nothing to score"
