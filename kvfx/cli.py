@@ -1,10 +1,11 @@
-"""The command line: `kvfx demo` and `kvfx policies`."""
+"""The command line: `kvfx demo`, `kvfx explain` and `kvfx policies`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvfx import api, trial
 from kvfx.algebra import Atom
 from kvfx.demo import checkpoint, run
 from kvfx.errors import InputError, KvfxError, unknown_name
 from kvfx.lower import lower
-from kvfx.policy import Policy
+from kvfx.policy import Policy, as_policy
 from kvfx.presets import PRESETS
 
 main = typer.Typer(name="kvfx", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
@@ -68,6 +70,36 @@ def demo(
         console.print(result)
         if json_file is not None:
             json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@main.command()
+def explain(
+    model_dir: Annotated[Path, typer.Argument(help="Folder of a transformers checkpoint; its config.json is enough.")],
+    policy: Annotated[list[str] | None, typer.Option(help="A policy to explain; may be repeated.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention of transformers, such as sdpa or eager.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here, too; - is standard output.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if anything is left alone.")] = False,
+) -> None:
+    """Say what a policy would do to a model: every attention site, how it is found and scored, or why it is left alone.
+
+    Only config.json is read: the model is traced on the meta device, without weights, so any size is explained in little memory.
+
+    Exits with 0, also if something is left alone; with 1 after an error; with 3 see --strict.
+    """
+    to_stdout = json_file is not None and str(json_file) == "-"
+    console = Console(stderr=to_stdout)
+    with _clean_errors():
+        chosen = [as_policy(text) for text in policy or ["compactor:0.5"]]
+        model = trial.outline(model_dir, attention)
+        explanations = []
+        for each in chosen:
+            explanations.append(replace(api.explain(model, policy=each), remark=trial.OUTLINE))
+            console.print(explanations[-1])
+        if json_file is not None:
+            text = json.dumps([explanation.as_dict() for explanation in explanations], indent=2) + "\n"
+            typer.echo(text, nl=False) if to_stdout else json_file.write_text(text, encoding="utf-8")
+    if strict and any(not explanation.is_complete for explanation in explanations):
+        raise typer.Exit(3)
 
 
 @main.command()

@@ -150,7 +150,9 @@ class Runner:
         out.past_key_values = cache
         return out
 
-    def _run(self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Tensor]:
+    def _run(
+        self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, Any, Any], inputs: tuple[Any, ...]
+    ) -> tuple[Any, Tensor]:
         """Run the step of the engine; leave layers alone that turn out not to be understood, if they are whole."""
         start = next((layer.next_position for layer in work.layers if layer.window is None), None)
         valid, tokens, options = inputs

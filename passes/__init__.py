@@ -20,6 +20,7 @@ from kvfx.passes.plan import Plan
 from kvfx.passes.read_slots import read_slots
 from kvfx.passes.report import Report
 from kvfx.passes.verify import verify
+from kvfx.passes.where import locate
 
 PIPELINE = (
     find_attention,  # first: everything else starts from sites
@@ -46,6 +47,7 @@ def run(module: fx.GraphModule, plan: Plan, *, check_each: bool = False) -> Repo
     for apply in PIPELINE:
         start = time.perf_counter()
         apply(module, plan, report)
+        locate(module, report)
         report.seconds[apply.__name__] = time.perf_counter() - start
         if check_each:
             verify(module, plan, report, after=apply.__name__)

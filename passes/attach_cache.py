@@ -72,14 +72,14 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
         if site.cache == "new" and not any(user.op == "output" for user in key.users):
             raise Refuse(f"the keys `{key.name}` that attention reads are not what a cache stores", key)
         return
-    if peel(write.args[1]) != new_value:
+    if peel(inputs(write)[1]) != new_value:
         raise Refuse(f"the values `{new_value[0].name}` that attention reads are not what the cache stores", value)
     site.layer = inputs(write)[5]
     if write in taken:
         site.cache = f"shared with {taken[write].name}"
         return
     taken[write] = site
-    site.nodes |= {"write": write, "key": write.args[0], "value": write.args[1]}
+    site.nodes |= {"write": write, "key": inputs(write)[0], "value": inputs(write)[1]}
 
 
 def _halves(cat: fx.Node, order: Order, output: int) -> tuple[fx.Node, Key]:
@@ -88,11 +88,11 @@ def _halves(cat: fx.Node, order: Order, output: int) -> tuple[fx.Node, Key]:
     if len(tensors) != 2 or order.index(axis % len(order)) != 2:
         raise Refuse(f"`{cat.name}` joins {len(tensors)} tensors along axis {axis}, expected past and new tokens", cat)
     (past, past_order), (new, new_order) = (peel(tensor) for tensor in tensors)
-    if not is_call(past, operator.getitem) or not is_call(past.args[0], READ) or past.args[1] != output:
+    if not is_call(past, operator.getitem) or not is_call(past.args[0], READ) or inputs(past)[1] != output:
         raise Refuse(f"keys or values are joined to `{past.name}`, which is not what the cache holds of them", cat)
     if not is_straight(tuple(past_order[axis] for axis in order)):
         raise Refuse(f"`{cat.name}` joins the slots held in another order of axes than [B, Hkv, T, D]", cat)
-    return past.args[0], (new, tuple(new_order[axis] for axis in order))
+    return inputs(past)[0], (new, tuple(new_order[axis] for axis in order))
 
 
 def _tap(site: Site, plan: Plan, rotations: list[FutureRotation]) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from kvfx.kernels import OPS
 from kvfx.passes import capture
-from kvfx.passes.graph import inline, replace, replace_outputs, val
+from kvfx.passes.graph import inline, kind, replace, replace_outputs, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report
 
@@ -24,7 +24,7 @@ def lower(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         if name is None:
             continue
         inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        key = (name, tuple(_kind(arg) for arg in node.args))
+        key = (name, tuple(kind(arg) for arg in node.args))
         if key not in traced:
             traced[key] = _trace(OPS[name].reference, node.args, inputs)
         result = inline(module.graph, traced[key], inputs, before=node)
@@ -53,13 +53,3 @@ def _trace(reference: Any, args: Any, inputs: list[fx.Node]) -> fx.Graph:
     for node in graph.find_nodes(op="get_attr"):
         raise AssertionError(f"{reference.__name__} makes a tensor constant ({node.target}); build it from ops instead")
     return graph
-
-
-def _kind(arg: Any) -> Any:
-    """What decides the trace of an op: shapes, strides and types of tensors, the values of everything else."""
-    if not isinstance(arg, fx.Node):
-        return arg
-    value = val(arg)
-    if isinstance(value, Tensor):
-        return (str(value.dtype), str(tuple(value.shape)), str(value.stride()), str(value.device))
-    return str(value)

@@ -60,7 +60,7 @@ def _swap(site: Site) -> None:
             columns = call(graph, torch.ops.kvfx.slot_mask.default, *given)
         read = [_joined(past, new, attention) for past, new in ((keys, nodes["key"]), (values, nodes["value"]))]
         arguments = [query, *read, columns, *inputs(attention)[4:]]
-        swapped = call(graph, attention.target, *arguments)
+        swapped = call(graph, torch.ops.kvfx.attention.default, *arguments)
     attention.replace_all_uses_with(swapped)
     graph.erase_node(attention)
     nodes["attention"] = swapped

@@ -27,17 +27,41 @@ class Stranded(Exception):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place that looked like attention and was left exactly as it was."""
+    """A place that looked like attention and was left exactly as it was.
+
+    Attributes:
+        rule: what refused it: an attention rule, or a pass.
+        reason: why.
+        node: the place in the graph.
+        source: file and line of the rule's pattern.
+        nearest: how far the nearest pattern fitted, where none fitted whole.
+        where: module, file and line of the place in the model; see `passes.where`.
+    """
 
     rule: str
     reason: str
     node: str
     source: str = ""
+    nearest: str = ""
+    where: str = ""
 
 
 @dataclass
 class Site:
-    """One attention in one layer. The nodes live only while the passes run."""
+    """One attention in one layer. The nodes live only while the passes run.
+
+    Attributes:
+        rule: the spelling that was found, and `spelling`, a variant of it.
+        index: which attention of the graph it is.
+        layer: the cache layer that it stores to, or None.
+        window: how many tokens back a query of a sliding-window layer sees; None for all.
+        cache: how new keys join the cache; empty where nothing was found.
+        taps: tensors that the score reads.
+        score: the ops that score, or empty.
+        lowering: what runs the ops: "kernel" or "reference".
+        refusal: why the site was left whole.
+        where: module, file and line in the model; see `passes.where`.
+    """
 
     rule: str
     index: int
@@ -52,6 +76,7 @@ class Site:
     score: str = ""
     lowering: str = ""
     refusal: str = ""
+    where: str = ""
     nodes: dict[str, fx.Node] = field(default_factory=dict, repr=False)
 
     @property

@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 from kvfx.cli import main
 from kvfx.demo import notes
 from kvfx.presets import PRESETS
+from test_explain import no_rule_knows  # noqa: F401 - registered as an attention of transformers
 
 
 def kvfx(*args):
@@ -76,6 +78,55 @@ def test_a_folder_without_a_model_is_a_clean_error(tmp_path, document):
     result = kvfx("demo", "--model", tmp_path, "--context", tmp_path / "context.txt", "--question", "why?")
     assert result.exit_code == 1
     assert "InputError: cannot load a causal decoder" in " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A folder with a config and nothing else, of a model that would not fit into memory twice."""
+    folder = tmp_path_factory.mktemp("config")
+    size = {"hidden_size": 4096, "intermediate_size": 65536, "num_attention_heads": 32, "num_key_value_heads": 8}
+    transformers.LlamaConfig(**size, num_hidden_layers=2).save_pretrained(folder)
+    return folder
+
+
+def test_a_config_is_enough_to_explain_policies(config, tmp_path):
+    policies = ("--policy", "knorm:0.5", "--policy", "knorm | budget=uniform(tokens=64)")
+    result = kvfx("explain", config, *policies, "--strict", "--json", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM under knorm:0.5: 2 of 2 layers compressed" in result.output
+    assert "no weights were read" in " ".join(result.output.split())
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert [[site["budget"] for site in each["sites"]] for each in data] == [["0.5 of S"] * 2, ["64 tokens"] * 2]
+
+
+def test_what_is_left_alone_is_reported_and_an_exit_code_if_asked_for(config):
+    arguments = ("explain", config, "--policy", "knorm:0.5", "--attention", "no_rule_knows", "--json", "-")
+    result = kvfx(*arguments)
+    assert result.exit_code == 0, result.output
+    (data,) = json.loads(result.stdout)
+    assert (data["layers"], data["compressed"], len(data["refusals"])) == (2, 0, 2)
+    assert "0 of 2 layers compressed" in result.stderr
+    assert kvfx(*arguments, "--strict").exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("made_of", "args", "message"),
+    [
+        (None, [], "InputError: {} holds no config.json"),
+        (None, ["--policy", "compacter:0.5"], "PolicyError: unknown policy 'compacter'. Did you mean 'compactor'?"),
+        (transformers.LlamaConfig, ["--attention", "fast"], "InputError: cannot make a causal decoder of the config in {}"),
+        (transformers.BartConfig, [], "UnsupportedModel: {} is an encoder-decoder (bart)"),
+    ],
+    ids=["no config", "policy", "attention", "encoder-decoder"],
+)
+def test_what_cannot_be_explained_is_a_clean_error(tmp_path, made_of, args, message):
+    if made_of is not None:
+        made_of().save_pretrained(tmp_path)
+    result = kvfx("explain", tmp_path, *args)
+    assert result.exit_code == 1
+    # A terminal breaks long paths anywhere.
+    assert message.format(tmp_path).replace(" ", "") in "".join(result.output.split())
+    assert "Traceback" not in result.output
 
 
 def test_presets_are_listed_and_shown():

@@ -3,43 +3,62 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.llama import modeling_llama
 
 import kvfx
 import reference
+from kvfx.explain import Explanation
 from kvfx.kernels.leverage import draw_sketch
+from kvfx.passes.report import Refusal, Report, Site
 from test_equivalence import decoder
 from yardstick import assert_within_rounding
 
 IDS = torch.arange(40)[None]
 
 
-def every_other_eager(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Layer 0 uses scaled_dot_product_attention; layer 1 spells attention out, which no rule knows yet."""
+def no_rule_knows(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention without softmax, max or a fused call: the exponential of scores less their log-sum-exp."""
     group, new, held = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    if module.layer_idx == 0:
-        mask = torch.ones(new, held, dtype=torch.bool).tril(held - new)
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=group > 1)
-        return out.transpose(1, 2).contiguous(), None
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    hidden = torch.ones(new, held, dtype=torch.bool).triu(held - new + 1)
-    weights = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden, -torch.inf).softmax(-1)
+    hidden = torch.ones(new, held, dtype=torch.bool, device=key.device).triu(held - new + 1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden, -torch.inf)
+    weights = (scores - scores.logsumexp(-1, keepdim=True)).exp()
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("every_other_eager", every_other_eager)
-AttentionMaskInterface.register("every_other_eager", sdpa_mask)
+def known_every_other(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Layer 0 uses scaled_dot_product_attention; layer 1 a spelling that no rule knows."""
+    if module.layer_idx != 0:
+        return no_rule_knows(module, query, key, value, attention_mask, scaling)
+    new, held = query.shape[2], key.shape[2]
+    mask = torch.ones(new, held, dtype=torch.bool).tril(held - new)
+    gqa = query.shape[1] != key.shape[1]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=gqa)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def of_wrong_shape(module, query, key, value, attention_mask, **kwargs):
+    return query @ key, None
+
+
+for function in (no_rule_knows, known_every_other, of_wrong_shape):
+    AttentionInterface.register(function.__name__, function)
+    AttentionMaskInterface.register(function.__name__, sdpa_mask)
 
 
 @pytest.fixture
 def half_understood():
     model = decoder("llama", 2, 2, 16, 3)
-    model.set_attn_implementation("every_other_eager")
+    model.set_attn_implementation("known_every_other")
     return model
 
 
@@ -56,22 +75,62 @@ def test_an_explanation_is_a_table_and_json():
     compiled.compress(IDS)
     explanation = kvfx.explain(compiled)
     text = str(explanation)
-    for word in ("2 of 2 layers compressed", "0-1", "sdpa", "4 q / 2 kv x 16", "pre_key", "chunk_attention", "leverage"):
+    for word in (
+        "2 of 2 layers compressed",
+        "0-1",
+        "sdpa",
+        "4 q / 2 kv x 16",
+        "pre_key",
+        "chunk_attention",
+        "0.5 of S",
+        "reference",
+    ):
         assert word in text
-    data = json.loads(json.dumps(explanation.as_dict()))
+    data = explanation.as_dict()
+    assert json.loads(json.dumps(data)) == {**data, "sites": [{**site, "taps": list(site["taps"])} for site in data["sites"]]}
+    assert all("sdpa_attention.py" in site["where"] for site in data["sites"])
     assert data["policy"] == str(compiled._kvfx.policy)
     assert data["coverage"] == 1.0
 
 
-def test_a_model_that_has_not_run_and_no_inputs_is_an_error():
-    compiled = kvfx.compile(decoder("llama", 2, 2, 16, 0), "knorm:0.5", backend="eager")
-    with pytest.raises(kvfx.InputError, match="has not run yet; pass inputs"):
-        kvfx.explain(compiled)
+@pytest.fixture(scope="module")
+def plain():
+    return decoder("llama", 2, 2, 16, 0)
 
 
-def test_only_compressed_models_are_explained():
-    with pytest.raises(kvfx.InputError, match=r"was not made by kvfx\.compile"):
-        kvfx.explain(decoder("llama", 2, 2, 16, 0))
+def test_without_inputs_a_short_prompt_is_made_up(plain):
+    compiled = kvfx.compile(plain, "knorm:0.5", backend="inductor")
+    assert kvfx.explain(compiled).coverage == 1.0
+    assert compiled._kvfx.engine.reports == {}
+
+
+def test_a_model_is_explained_under_any_policy_whether_compiled_or_not(plain):
+    for model in (plain, kvfx.compile(plain, "compactor:0.5", backend="inductor")):
+        explanation = kvfx.explain(model, policy="knorm:0.25")
+        assert explanation.policy.name == "knorm:0.25"
+        assert explanation.is_complete
+
+
+def test_a_model_without_a_policy_is_an_error(plain):
+    with pytest.raises(kvfx.InputError, match=r"was not made by kvfx\.compile, so it has no policy"):
+        kvfx.explain(plain)
+
+
+def test_a_model_without_any_known_attention_is_explained_too():
+    model = decoder("llama", 2, 2, 16, 0)
+    model.set_attn_implementation("no_rule_knows")
+    explanation = kvfx.explain(model, IDS, policy="knorm:0.5")
+    assert (explanation.coverage, explanation.layers, explanation.report.sites) == (0.0, 2, [])
+    assert not explanation.is_complete
+    assert explanation.as_dict()["leftovers"] == {"aten.matmul.default": 4}
+    assert "No attention was recognised. Found instead: 4 x aten.matmul.default." in str(explanation)
+
+
+def test_a_model_that_cannot_be_traced_is_an_error_that_says_so():
+    model = decoder("llama", 2, 2, 16, 0)
+    model.set_attn_implementation("of_wrong_shape")
+    with pytest.raises(kvfx.UnsupportedModel, match="LlamaForCausalLM cannot be traced"):
+        kvfx.explain(model, policy="knorm:0.5")
 
 
 def test_a_site_that_is_not_understood_is_left_whole_and_reported(half_understood):
@@ -84,7 +143,12 @@ def test_a_site_that_is_not_understood_is_left_whole_and_reported(half_understoo
     assert explanation.report.reasons() == [
         "cache_write_1 (attach_cache): cache layer 1 stores keys that no attention found in this graph reads"
     ]
-    assert "left alone because" in str(explanation)
+    (refusal,) = explanation.as_dict()["refusals"]
+    file, line, code = refusal["where"].removeprefix("model.layers.1.self_attn: ").split(":", 2)
+    assert file == "transformers/models/llama/modeling_llama.py"
+    assert code.strip() in Path(modeling_llama.__file__).read_text().splitlines()[int(line) - 1]
+    assert "past_key_values.update(" in code
+    assert "left alone cache_write_1 because cache layer 1" in " ".join(str(explanation).split())
 
 
 def test_a_partly_compressed_model_decodes_what_its_slots_say(half_understood):
@@ -109,3 +173,70 @@ def test_a_site_that_is_not_understood_is_an_error_if_asked_for(half_understood)
     compiled = kvfx.compile(half_understood, "compactor:0.5", backend="eager", on_refuse="error")
     with pytest.raises(kvfx.SiteRefused, match="the others are kept whole"):
         compiled.compress(IDS)
+
+
+def printed(explanation: Explanation, width: int) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(explanation)
+    return console.file.getvalue()
+
+
+def report(layers: int, **differing: list) -> Report:
+    """Of a model of equal layers, but for what differs."""
+    sites = [
+        Site("eager", index, 8, 2, 64, "repeated keys", index, taps=("query", "key"), score="window_attention", lowering="kernel")
+        for index in range(layers)
+    ]
+    for name, values in differing.items():
+        for site, value in zip(sites, values, strict=True):
+            setattr(site, name, value)
+    return Report(sites, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ("knorm:1/3", ["1/3 of S"] * 4),
+        ("snapkv | budget=uniform(tokens=1024)", ["1024 tokens"] * 4),
+        ("lagkv | budget=uniform(0.25, per=chunk(1024))", ["0.25 of each 1024"] * 4),
+        ("knorm | budget=uniform(0.5, shape=pyramid(2))", ["0.75 of S", "0.583 of S", "0.417 of S", "0.25 of S"]),
+        ("knorm | budget=uniform(tokens=100, shape=pyramid(2))", ["150 tokens", "116 tokens", "84 tokens", "50 tokens"]),
+        ("none", ["all"] * 4),
+    ],
+)
+def test_what_a_layer_keeps_is_said_in_words(policy, kept):
+    explanation = Explanation("Model", kvfx.Policy.parse(policy), report(4))
+    assert [site["budget"] for site in explanation.as_dict()["sites"]] == kept
+    assert f"{kept[0].split()[0]} to {kept[-1]}" in str(explanation) or len(set(kept)) == 1
+
+
+def test_layers_that_are_treated_alike_share_a_row_though_others_stand_between_them():
+    windows = [512, 512, None, 512, 512, None]
+    text = printed(Explanation("Model", kvfx.Policy.parse("snapkv:0.5"), report(6, window=windows)), 160)
+    rows = [tuple(cell.strip() for cell in line.split("   ") if cell.strip()) for line in text.splitlines()]
+    assert [(row[0], row[-2]) for row in rows if "kv x" in str(row)] == [("0-1, 3-4", "window of 512"), ("2, 5", "0.5 of S")]
+
+
+@pytest.mark.parametrize("width", [100, 160])
+def test_refusals_that_are_alike_are_one_with_everything_said(width):
+    code = "transformers/models/some_model/modeling_some_model.py:300: attention = " + "scores + " * 8
+    refused = [
+        Refusal(
+            "eager", f"`softmax_{n}` is over axis 1 of [b, h], expected the last", f"matmul_{n}", "kvfx.passes.attention.eager:40",
+            "rule eager fitted 5 of 8 ops, then `tanh` where add was expected", f"model.layers.{n}.self_attn: {code}",
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    found = report(2, refusal=["dropout 0.1 inside attention", ""])
+    found.refusals += [*refused, Refusal("sinks", "no sinks", "cat_9")]
+    text = printed(Explanation("Model", kvfx.Policy.parse("snapkv:0.5"), found), width)
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    for said in (
+        "left alone layer 0 because dropout 0.1 inside attention rule eager",
+        "left alone matmul_0 and 2 more like it, to matmul_2 because `softmax_0` is over axis 1 of [b, h], expected the last",
+        f"in model.layers.0.self_attn: {code.strip()} rule eager, kvfx.passes.attention.eager:40 nearest rule eager fitted 5 of 8",
+        "left alone cat_9 because no sinks rule sinks",
+    ):
+        assert said in words
+    assert "matmul_1" not in words
