@@ -242,7 +242,9 @@ class Family:
         return tuple(zoo_reference.continue_with(plain, ids, heads, hidden, tokens) for plain in (self.model, self.exact))
 
 
-@pytest.fixture(scope="module", params=zoo.ROWS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if row.slow else name for name, row in zoo.ROWS.items()]
+)
 def family(request) -> Family:
     torch._dynamo.reset()
     return Family(request.param)
@@ -370,3 +372,36 @@ def test_the_page_of_models_says_what_was_found(family):
         family.name, type(family.model).__name__, family.sites, ", ".join(caches), f"{row.kv_heads} of {row.query_heads}",
         " ".join(dict.fromkeys(row.layers)), family.taps, family.kept, family.whole, family.uneven, family.rows, family.block,
     )  # fmt: skip
+
+
+# -- at length ---------------------------------------------------------------------------------------------------------------------
+
+POLICIES = ("snapkv", "expected_attention", "keydiff", "streaming_llm", "lagkv", "random", "criticalkv")
+# RoPE that is followed by a norm is no longer linear in the query.
+REFUSED = {("hunyuan", "expected_attention"), ("llama4, full", "expected_attention")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_decoding_equals_the_reference_whatever_the_policy_kept(family, policy):
+    model, tokens, logits = family.compiled(f"{policy}:0.5"), zoo.prompt(4, seed=2), []
+    if (family.name, policy) in REFUSED:
+        with pytest.raises(kvfx.SiteRefused, match="not known to be linear"):
+            model.compress(family.ids)
+        return
+    with family.warning():
+        cache = model.compress(family.ids)
+    work = cache.copy()
+    assert all(cache.layers[layer].slots == LENGTH // 2 for layer in family.row.full)
+    for index in range(tokens.shape[1]):
+        logits.append(model(tokens[:, index : index + 1], past_key_values=work).logits)
+    family.check_logits(cache, 0, LENGTH, tokens, torch.cat(logits, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, row in zoo.ROWS.items() if not row.routed])  # which rounding sends another way
+def test_half_precision_decodes_as_the_reference_in_half_precision(name):
+    family = Family(name, torch.bfloat16)
+    assert family.whole
+    assert family.uneven
+    assert family.rows

@@ -40,6 +40,7 @@ class Row:
         roped: whether each layer has RoPE.
         attention: the attention implementation, which is what a user gets unless the name of the row says otherwise.
         head: class of the model, where it is not FAMILYForCausalLM.
+        slow: whether another row stands for what this one shows.
     """
 
     family: str
@@ -50,6 +51,12 @@ class Row:
     roped: tuple[bool, ...] = (True,)
     attention: str = "sdpa"
     head: str = ""
+    slow: bool = False
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens go to experts."""
+        return any("experts" in name for name in self.settings)
 
     @property
     def full(self) -> list[int]:
@@ -67,7 +74,7 @@ ROWS = {
     "mixtral": Row("Mixtral", {**SIZES, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": Row("Qwen2", SIZES),
     "qwen3": Row("Qwen3", {**SIZES, "head_dim": 16}),
-    "qwen3, eager": Row("Qwen3", {**SIZES, "head_dim": 16}, attention="eager"),
+    "qwen3, eager": Row("Qwen3", {**SIZES, "head_dim": 16}, attention="eager", slow=True),
     "qwen3-moe": Row("Qwen3Moe", {**SIZES, "head_dim": 16, **EXPERTS}),
     "olmo2": Row("Olmo2", SIZES),
     "olmo3": Row("Olmo3", {**SIZES, **WINDOWED}, ALTERNATING, roped=PLAIN),
@@ -90,7 +97,7 @@ ROWS = {
     "hunyuan": Row("HunYuanDenseV1", {**SIZES, "head_dim": 16}),
     "seed-oss": Row("SeedOss", {**SIZES, "head_dim": 16}),
     "gpt2": Row("GPT2", {**GPT, "n_layer": 2}, ("full", "full"), 4, roped=(False, False), head="GPT2LMHeadModel"),
-    "gpt2, eager": Row("GPT2", GPT, kv_heads=4, roped=(False,), attention="eager", head="GPT2LMHeadModel"),
+    "gpt2, eager": Row("GPT2", GPT, kv_heads=4, roped=(False,), attention="eager", head="GPT2LMHeadModel", slow=True),
     "gpt-neox": Row("GPTNeoX", {**SIZES, "rotary_pct": 0.5}, kv_heads=4),
     "gpt-j": Row("GPTJ", {**GPT, "rotary_dim": 8}, kv_heads=4, attention="eager"),
     "opt": Row("OPT", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 64}, kv_heads=4, roped=(False,)),
@@ -101,7 +108,7 @@ ROWS = {
     ),
     "falcon": Row("Falcon", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}, kv_heads=4),
     "falcon, alibi": Row("Falcon", ALIBI, kv_heads=1, roped=(False,)),
-    "falcon, alibi, eager": Row("Falcon", ALIBI, kv_heads=1, roped=(False,), attention="eager"),
+    "falcon, alibi, eager": Row("Falcon", ALIBI, kv_heads=1, roped=(False,), attention="eager", slow=True),
     "gpt-oss": Row(
         "GptOss",
         {
