@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models of the tests are tiny: threads would only wait for each other, so processes share out the files instead.
 PYTEST := -m pytest -n 2 --dist loadfile
-test test-all test-min check: export OMP_NUM_THREADS ?= 1
+test test-all test-min models check: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test test-all test-min models check fmt types clean
 
@@ -28,7 +28,7 @@ test-min: .venv-min/.installed  ## run the tests with the oldest supported trans
 	.venv-min/bin/python -P $(PYTEST)
 
 models: .venv/.installed  ## write docs/models.md: what each family of models was found to do
-	$(RUN) KVFX_WRITE_MODELS=1 $(PYTEST) -m "" -k page_of_models
+	KVFX_WRITE_MODELS=1 $(RUN) -m pytest -m "" -k page_of_models tests
 
 check: .venv/.installed types  ## lint, formatting, types, import direction
 	.venv/bin/ruff check
