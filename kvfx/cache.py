@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvfx.cache_layer import CacheLayer, Rows, SlotCache
+from kvfx.cache_layer import CacheLayer, Rows, SlotCache, no_positions
 from kvfx.errors import CacheMismatch
 from kvfx.passes.capture import mark_dynamic
 
@@ -98,7 +98,7 @@ class Cache(transformers.Cache):
             layer.prefix, layer.next_position, layer.evicted = positions, tensors["lengths_seen"], facts["evicted"]
             if isinstance(positions, Tensor):  # a pytree may hold anything
                 layer.next_position = layer.next_position.clone()
-                layer.prefix = positions if layer.window is None else positions[:, :, :0]
+                layer.prefix = positions if layer.window is None else no_positions(keys)
             cache.layers.append(layer)
         cache.lengths_seen = tensors.get("lengths_seen")
         cache.policy, cache.croppable, cache.has_empty = about["policy"], about["croppable"], about["has_empty"]

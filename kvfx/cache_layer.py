@@ -114,7 +114,7 @@ class CacheLayer(DynamicLayer):
             valid: which of them are real, `[B, length]`, or None if all are.
         """
         self.store(self.keys, self.values)
-        batch, heads, slots = self.keys.shape[:3]
+        heads, slots = self.keys.shape[1:3]
         new, self.kept_positions, self.finite = self.kept_positions, None, None
         self.evicted += length - (slots - held)
         if new is None and valid is not None:
@@ -125,8 +125,7 @@ class CacheLayer(DynamicLayer):
                 new = torch.cat([self.positions_until(held), new], -1)
             self.prefix, self.next_position = new, seen.clone()  # its own, lest a graph takes two inputs for one
         elif self.window is not None:
-            if self.prefix is None:
-                self.prefix = torch.empty(batch, heads, 0, dtype=torch.int32, device=self.keys.device)
+            self.prefix = no_positions(self.keys) if self.prefix is None else self.prefix
             self.next_position = seen
         elif self.prefix is None:
             few = torch.arange(min(2, slots), device=self.keys.device)
@@ -144,7 +143,7 @@ class CacheLayer(DynamicLayer):
         self.store(*(gather_slots(tensor, place).masked_fill(empty[..., None], 0) for tensor in (self.keys, self.values)))
         self.prefix = positions.gather(2, place).masked_fill(empty, -1)
         if self.window is not None:
-            self.prefix = self.prefix[:, :, :0].contiguous()
+            self.prefix = no_positions(self.prefix)
         self.next_position = seen.clone()
 
     def cut(self, tokens: int, seen: Tensor) -> None:
@@ -169,6 +168,11 @@ class CacheLayer(DynamicLayer):
         other = CacheLayer(self.window)
         other.__dict__.update(self.__dict__)
         return other
+
+
+def no_positions(slots: Tensor) -> Tensor:
+    """No positions for the heads of `slots`, `[B, Hkv, ...]`; always of the same strides, because others would be a new graph."""
+    return torch.empty(*slots.shape[:2], 0, dtype=torch.int32, device=slots.device)
 
 
 def gather_slots(states: Tensor, place: Tensor) -> Tensor:

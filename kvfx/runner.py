@@ -99,6 +99,8 @@ class Runner:
         phase = "prefill" if not cache.layers else "decode" if length == 1 and not evict else "extend"
         # A step that may still fail works on a copy: nothing is lost, nothing half-written.
         work = cache.copy() if phase != "decode" else cache
+        if phase == "extend":
+            work.mark()  # again: a step may have made the tensors
         if phase == "prefill":
             work.layers = [CacheLayer(window) for window in hf.windows(self.base)]
             work.lengths_seen = torch.zeros(batch, dtype=torch.long, device=device)
