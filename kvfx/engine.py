@@ -154,7 +154,7 @@ def _judge(report: Report, model: str, on_refuse: str) -> None:
         refused = "".join(f"\n  {reason}" for reason in report.reasons())
         raise UnsupportedModel(
             f"no attention was recognised in {model}. Found instead: {found}.{refused}\n"
-            "Expected scaled_dot_product_attention: load the model with attn_implementation='sdpa'."
+            "Expected values weighed by a softmax of queries times keys; try attn_implementation='sdpa'."
         )
     if not report.layers and any(site.window for site in report.sites):
         windows = sorted({site.window for site in report.sites if site.window})

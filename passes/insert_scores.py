@@ -106,7 +106,7 @@ class _Builder:
         """That of the site's attention, [B, Hq, S] fp32; None where its kernel does not give one."""
         nodes = self.site.nodes
         if "lse" not in nodes and _gives_lse(nodes["attention"], nodes["key"]):
-            query, key, value, *_, scale = self.attention
+            query, key, value, _, _, _, scale, *_ = self.attention
             with self.graph.inserting_before(nodes["attention"]):
                 both = self.op("attention_lse", query, key, value, scale)
                 out, nodes["lse"] = (call(self.graph, operator.getitem, both, index) for index in range(2))
@@ -130,7 +130,8 @@ class _Builder:
 
 def _gives_lse(attention: fx.Node, new_key: fx.Node) -> bool:
     """Whether a CPU's flash attention computes it: causal by flag, over the new tokens alone."""
-    query, key, value, mask, _, is_causal, _ = inputs(attention)
+    query, key, value, mask, _, is_causal, _, softcap, sinks = inputs(attention)
     tensors = [val(node) for node in (query, key, value)]
     alike = len({tensor.shape[3] for tensor in tensors}) == 1 and all(tensor.stride(3) == 1 for tensor in tensors)
-    return key is new_key and mask is None and is_causal and alike and val(query).device.type == "cpu"
+    plain = mask is None and softcap is None and sinks is None
+    return key is new_key and plain and is_causal and alike and val(query).device.type == "cpu"

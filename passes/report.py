@@ -45,6 +45,9 @@ class Refusal:
     nearest: str = ""
     where: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.node} ({self.rule}): {self.reason}" + (f"; nearest: {self.nearest}" if self.nearest else "")
+
 
 @dataclass
 class Site:
@@ -125,7 +128,7 @@ class Report:
     def reasons(self) -> list[str]:
         """Why places were left alone, one line each."""
         refused = [f"{site.name} ({site.rule}): {site.refusal}" for site in self.sites if site.refusal]
-        return refused + [f"{refusal.node} ({refusal.rule}): {refusal.reason}" for refusal in self.refusals]
+        return refused + [str(refusal) for refusal in self.refusals]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as JSON-ready data."""

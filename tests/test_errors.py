@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, DynamicCache, StaticCache
+from transformers import AttentionInterface, BertConfig, BertModel, DynamicCache, StaticCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import kvfx
-from decoding import compiled, eager_llama, fresh_llama, llama, ones, tokens
+from decoding import compiled, fresh_llama, llama, ones, tokens
 
 CONTEXT = tokens(1, 20)
 HALF = "knorm:0.5"
@@ -113,11 +114,22 @@ def test_keys_that_are_not_finite_name_their_layer_and_store_nothing():
         assert cache.get_seq_length() == 0
 
 
+def without_softmax(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    weights = (query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT * scaling).relu()
+    return (weights @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("without_softmax", without_softmax)
+AttentionMaskInterface.register("without_softmax", sdpa_mask)
+
+
 def test_a_model_without_a_known_attention_says_what_was_found_instead():
-    model = kvfx.compile(eager_llama(), HALF, backend="eager")
+    base = fresh_llama()
+    base.set_attn_implementation("without_softmax")
+    model = kvfx.compile(base, HALF, backend="eager")
     with pytest.raises(
         kvfx.UnsupportedModel,
-        match=r"(?s)no attention was recognised in LlamaForCausalLM\. Found instead: .*attn_implementation='sdpa'",
+        match=r"(?s)no attention was recognised in LlamaForCausalLM\. Found instead: .*matmul.*attn_implementation='sdpa'",
     ):
         model.compress(CONTEXT)
 

@@ -214,6 +214,45 @@ def test_attention_is_the_library_call_bit_for_bit(case):
         assert torch.equal(kvfx.attention(query, key, value, *arguments), library)
 
 
+@given(cases(), st.sampled_from([None, 0.5, 30.0]), st.booleans(), st.sampled_from(["none", "causal", "bool", "additive"]))
+@many
+def test_attention_with_a_cap_or_sinks_is_what_the_formula_says(case, softcap, has_sinks, masked):
+    B, H, G, S, D = case.dims
+    query, key, value, sinks = case._replace(padding="none").draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D), (1, H * G, 1))
+    sinks = sinks[0, :, 0]
+    visible = torch.ones(S, S, dtype=torch.bool).tril() if masked != "none" else torch.ones(S, S, dtype=torch.bool)
+    mask = {"bool": visible, "additive": torch.zeros(S, S, dtype=case.dtype).masked_fill(~visible, -torch.inf)}.get(masked)
+
+    def formula(dtype):
+        out = torch.empty(B, H * G, S, D, dtype=dtype)
+        for head in range(H * G):
+            logits = query[:, head].to(dtype) @ key[:, head // G].to(dtype).mT * 0.3
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            weights = logits.masked_fill(~visible, -torch.inf).double().exp()
+            total = weights.sum(-1, keepdim=True) + (sinks[head].double().exp() if has_sinks else 0)
+            out[:, head] = (weights / total).to(dtype) @ value[:, head // G].to(dtype)
+        return out
+
+    ours = kvfx.attention(query, key, value, mask, 0.0, masked == "causal", 0.3, softcap, sinks if has_sinks else None)
+    assert ours.dtype == case.dtype
+    assert_within_rounding(ours, formula(case.dtype), formula(torch.float64))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_query_that_sees_nothing_gets_nothing(softcap):
+    query, key, value = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    mask = torch.tensor([[True, False, False], [False, False, False], [True, True, True]])
+    out = kvfx.attention(query, key, value, mask, 0.0, False, None, softcap, None)
+    assert torch.equal(out[:, :, 1], torch.zeros(1, 2, 8))
+    assert out.isfinite().all()
+
+
+def test_dropout_beside_a_cap_is_an_error():
+    query, key, value = (torch.randn(1, 2, 3, 8) for _ in range(3))
+    with pytest.raises(ValueError, match=r"attention with softcap or sinks has no dropout, got 0\.1"):
+        kvfx.attention(query, key, value, None, 0.1, True, None, 30.0, None)
+
+
 @given(cases())
 @many
 def test_key_norm_is_the_negated_length(case):

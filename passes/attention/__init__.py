@@ -1,5 +1,9 @@
-"""One file per spelling of attention. Order is priority."""
+"""One file per spelling of attention. Order is priority.
 
-from kvfx.passes.attention import sdpa
+Beside the rules stand what they are composed of: `logits` (patterns), `reading` (what a match means), `axes`, `operand` and
+`equation` (where batch, heads, tokens and channels are), and `waist` (the rewrite).
+"""
 
-ATTENTION_RULES = (sdpa.RULE,)
+from kvfx.passes.attention import alibi, eager, einsum, flash, sdpa, sinks, softcap
+
+ATTENTION_RULES = (sdpa.RULE, flash.RULE, eager.RULE, softcap.RULE, sinks.RULE, alibi.RULE, einsum.RULE)
