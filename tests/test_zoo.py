@@ -57,9 +57,11 @@ class Family:
 
     @functools.cache  # noqa: B019
     def read(self, length: int = LENGTH) -> tuple[list[zoo_reference.Read], list[zoo_reference.Read]]:
-        """What attention reads of the first tokens, in the model's precision and in float64."""
-        ids = self.ids[:, :length]
-        return tuple(zoo_reference.capture(model, ids, self.row.kv_heads)[0] for model in (self.model, self.exact))
+        """What attention reads of the first tokens, in the model's precision and in float64; queries not scaled yet."""
+        reads = tuple(zoo_reference.capture(m, self.ids[:, :length], self.row.kv_heads)[0] for m in (self.model, self.exact))
+        for read in (*reads[0], *reads[1]):
+            read.query, read.pre_query = (states / self.row.query_scale for states in (read.query, read.pre_query))
+        return reads
 
     def warning(self) -> contextlib.AbstractContextManager[object]:
         """Of a model that has nothing to compress."""

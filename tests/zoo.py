@@ -40,6 +40,7 @@ class Row:
         roped: whether each layer has RoPE.
         attention: the attention implementation, which is what a user gets unless the name of the row says otherwise.
         head: class of the model, where it is not FAMILYForCausalLM.
+        query_scale: what the model multiplies queries by before it calls attention. Scores read queries without it.
         slow: whether another row stands for what this one shows.
     """
 
@@ -51,6 +52,7 @@ class Row:
     roped: tuple[bool, ...] = (True,)
     attention: str = "sdpa"
     head: str = ""
+    query_scale: float = 1.0
     slow: bool = False
 
     @property
@@ -100,7 +102,7 @@ ROWS = {
     "gpt2, eager": Row("GPT2", GPT, kv_heads=4, roped=(False,), attention="eager", head="GPT2LMHeadModel", slow=True),
     "gpt-neox": Row("GPTNeoX", {**SIZES, "rotary_pct": 0.5}, kv_heads=4),
     "gpt-j": Row("GPTJ", {**GPT, "rotary_dim": 8}, kv_heads=4, attention="eager"),
-    "opt": Row("OPT", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 64}, kv_heads=4, roped=(False,)),
+    "opt": Row("OPT", {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 64}, kv_heads=4, roped=(False,), query_scale=0.25),
     "bloom": Row("Bloom", {**OLD, "hidden_size": 64, "n_layer": 1, "n_head": 4}, kv_heads=4, roped=(False,), attention="eager"),
     "mpt": Row(
         "Mpt", {**OLD, "d_model": 64, "n_layers": 1, "n_heads": 4, "max_seq_len": 512}, kv_heads=4, roped=(False,),

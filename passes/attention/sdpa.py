@@ -55,7 +55,11 @@ def waist_site(graph: fx.Graph, match: Match, mask: Any, rule: str) -> Site:
         scale = factor * (val(match["query"]).shape[3] ** -0.5 if scale is None else scale)
     repeated = str(key.heads) != str(val(match["key"]).shape[1])
     with graph.inserting_before(node):
-        tensors = [place.brought(graph, place.heads) for place in (query, key, value)]
+        # A query below its scale may not be split into heads yet.
+        tensors = [
+            query.brought(graph, val(match["query"]).shape[1]),
+            *(place.brought(graph, place.heads) for place in (key, value)),
+        ]
         arguments_ = (*tensors, mask, 0.0, options["is_causal"], scale, None, None)
         return site_at(graph, arguments_, rule, "repeated keys" if repeated else "grouped keys")
 
