@@ -22,6 +22,7 @@ import zoo
 import zoo_reference
 from graphs import computed
 from kvfx.explain import Explanation
+from kvfx.fingerprint import fingerprint
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.attach_cache import attach_cache
 from kvfx.passes.find_attention import find_attention
@@ -374,6 +375,11 @@ def test_the_page_of_models_says_what_was_found(family):
         family.name, type(family.model).__name__, family.sites, ", ".join(caches), f"{row.kv_heads} of {row.query_heads}",
         " ".join(dict.fromkeys(row.layers)), family.taps, family.kept, family.whole, family.uneven, family.rows, family.block,
     )  # fmt: skip
+
+
+def test_a_cache_file_knows_the_key_projections_of_the_model(family):
+    weights = fingerprint(family.model)["weights"]
+    assert {"embedding", "first key projection", "last key projection"} <= weights.keys()
 
 
 # -- at length ---------------------------------------------------------------------------------------------------------------------
