@@ -8,9 +8,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models of the tests are tiny: threads would only wait for each other, so processes share out the files instead.
 PYTEST := -m pytest -n 2 --dist loadfile
-test test-all test-min check: export OMP_NUM_THREADS ?= 1
+test test-all test-min models check: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all test-min check fmt types clean
+.PHONY: help demo test test-all test-min models check fmt types clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  \1|\2/p' Makefile | column -t -s '|'
@@ -26,6 +26,9 @@ test-all: .venv/.installed  ## run all tests
 
 test-min: .venv-min/.installed  ## run the tests with the oldest supported transformers
 	.venv-min/bin/python -P $(PYTEST)
+
+models: .venv/.installed  ## write docs/models.md: what each family of models was found to do
+	KVFX_WRITE_MODELS=1 $(RUN) -m pytest -m "" -k page_of_models tests
 
 check: .venv/.installed types  ## lint, formatting, types, import direction
 	.venv/bin/ruff check

@@ -60,8 +60,10 @@ def step(
         slots.positions = index.where(valid, -1).int()
         seen_after = seen + valid.sum(-1)
     mask, held = valid, slots.get_seq_length()
-    if held and valid is not None:
-        mask = torch.cat([torch.ones(batch, held, dtype=torch.bool, device=seen.device), valid], -1)
+    if held and (valid is not None or slots.empty):
+        past = torch.arange(held, device=seen.device) >= held - seen[:, None]  # padding stands on the left, in all of a row's past
+        new = valid if valid is not None else torch.ones(batch, length, dtype=torch.bool, device=seen.device)
+        mask = torch.cat([past, new], -1)
     if takes_positions:
         options = {**options, "position_ids": position_ids}
     out = model(attention_mask=mask, past_key_values=slots, use_cache=True, **tokens, **options)

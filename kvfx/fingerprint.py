@@ -54,7 +54,7 @@ IRRELEVANT = {
     "use_cache",
     "_attn_implementation",
 }
-KEY_PROJECTION = ("k_proj", "key", "qkv", "query_key_value", "c_attn", "Wqkv", "wk", "kv_a_proj")
+KEY_PROJECTION = ("k_proj", "key", "qkv", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wk", "kv_a_proj")
 
 
 def fingerprint(model: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ VIEWS = frozenset(
         aten._unsafe_view.default,
         aten.reshape.default,
         aten.flatten.using_ints,
+        aten.unflatten.int,
         aten.expand.default,
         aten.clone.default,
         aten.contiguous.default,

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from kvfx.passes.axes import ordered, peel
-from kvfx.passes.graph import VIEWS, aten, is_call, slice_of, val
+from kvfx.passes.axes import Order, ordered, peel
+from kvfx.passes.graph import VIEWS, aten, inputs, is_call, slice_of, val
 from kvfx.passes.report import Refuse
 
-MULTIPLY = (aten.mul.Tensor, aten.einsum.default, aten.view_as_complex.default)
-PIECES = VIEWS | {aten.neg.default, aten.cat.default, aten.stack.default, aten.copy.default}
+MULTIPLY = (aten.mul.Tensor, aten.einsum.default)
+CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
+PAIRS = frozenset({aten.view_as_complex.default, aten.view_as_real.default})  # channels in pairs, which RoPE turns as one number
+PIECES = VIEWS | PAIRS | {aten.neg.default, aten.cat.default, aten.stack.default, aten.copy.default}
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,15 @@ class Rope:
     """What RoPE does to one query or key.
 
     Attributes:
-        before: the tensor before RoPE, of the same shape.
+        before: the tensor before RoPE, with its axes as RoPE sees them.
+        order: which of its axes stand where in the roped tensor.
         inside: the nodes that lead from its pieces to the roped tensor, that last, in graph order.
         entries: the pieces that they read.
         factors: what they read that depends on positions alone.
     """
 
     before: fx.Node
+    order: Order
     inside: tuple[fx.Node, ...]
     entries: frozenset[fx.Node]
     factors: frozenset[fx.Node]
@@ -42,12 +46,11 @@ def before_rope(tensor: fx.Node) -> fx.Node:
     Raises:
         Refuse: see `rope_of`.
     """
-    inner, order = peel(tensor)  # RoPE may come before the heads are brought to the front
-    rope = rope_of(inner)
+    rope = rope_of(tensor)
     if rope is None:
         return tensor
-    with tensor.graph.inserting_before(tensor):
-        return ordered(rope.before, order)
+    with tensor.graph.inserting_after(rope.before):
+        return ordered(rope.before, rope.order)
 
 
 def rope_of(tensor: fx.Node) -> Rope | None:
@@ -65,8 +68,9 @@ def rope_of(tensor: fx.Node) -> Rope | None:
     inside = _down_to(tensor, roped)
     read = {source for node in inside for source in node.all_input_nodes}
     entries = frozenset((read & token) - roped)
-    ordered = tuple(node for node in tensor.graph.nodes if node in inside)
-    return Rope(_whole(entries, tensor), ordered, entries, frozenset(read & position))
+    nodes = tuple(node for node in tensor.graph.nodes if node in inside)
+    before, order = _whole(entries, tensor)
+    return Rope(before, order, nodes, entries, frozenset(read & position))
 
 
 def _token_data(graph: fx.Graph, ancestors: set[fx.Node]) -> set[fx.Node]:
@@ -125,16 +129,25 @@ def _down_to(tensor: fx.Node, roped: set[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _whole(entries: frozenset[fx.Node], tensor: fx.Node) -> fx.Node:
-    """The nearest tensor of the roped one's shape that all entries are pieces of."""
-    shape = _shape(tensor)
+def _whole(entries: frozenset[fx.Node], tensor: fx.Node) -> tuple[fx.Node, Order]:
+    """The nearest tensor of the roped one's shape that all entries are pieces of; or of its shape before its axes moved."""
     chains = [_chain(entry) for entry in sorted(entries, key=lambda node: node.name)]
-    for candidate in chains[0] if chains else ():
-        if _shape(candidate) == shape and all(candidate in chain for chain in chains):
-            return candidate
+    for roped, order in ((tensor, tuple(range(val(tensor).dim()))), _peel(tensor)):
+        for candidate in chains[0] if chains else ():
+            if _shape(candidate) == _shape(roped) and all(candidate in chain for chain in chains):
+                return candidate, order
     names = ", ".join(f"`{chain[0].name}`" for chain in chains)
-    reason = f"{names or 'nothing'} does not lead back to one tensor of shape {shape}"
+    reason = f"{names or 'nothing'} does not lead back to one tensor of shape {_shape(tensor)}"
     raise Refuse(f"`{tensor.name}` before RoPE was not found: {reason}", tensor)
+
+
+def _peel(node: fx.Node) -> tuple[fx.Node, Order]:
+    """What `node` is a reordering of, whatever its type, and which of its axes stands at each place."""
+    node, order = peel(node)
+    while is_call(node, *CASTS):
+        node, moved = peel(inputs(node)[0])
+        order = tuple(moved[axis] for axis in order)
+    return node, order
 
 
 def _chain(node: fx.Node) -> list[fx.Node]:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from kvfx.passes import capture
+from kvfx.passes.axes import ordered
 from kvfx.passes.graph import VIEWS, aten, call, inputs, is_call, val
-from kvfx.passes.pre_rope import PIECES, Rope, rope_of
+from kvfx.passes.pre_rope import CASTS, PIECES, Rope, rope_of
 from kvfx.passes.report import Refuse
 
 SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
-CASTS = frozenset({aten.to.dtype, aten._to_copy.default})
 WHERES = frozenset({aten.where.self, aten.where.ScalarOther})
 LOOKUPS = frozenset({aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default})
 
@@ -65,7 +65,8 @@ class FutureRotation:
             means = {factor: self._mean(factor, axis, positions, held, length) for factor, axis in factors.items() if axis >= 0}
             eye = call(graph, aten.eye.default, width, dtype=torch.float32, device=val(query).device)
             rows = batch if isinstance(batch, int) else call(graph, aten.sym_size.int, query, 0)
-            given: dict[fx.Node, Any] = {rope.before: call(graph, aten.expand.default, eye, [rows, heads, width, width])}
+            identity = call(graph, aten.expand.default, eye, [rows, heads, width, width])
+            given: dict[fx.Node, Any] = {rope.before: ordered(identity, tuple(rope.order.index(axis) for axis in range(4)))}
             for factor, mean in means.items():
                 sizes = [width if axis == factors[factor] else -1 for axis in range(val(mean).dim())]
                 given[factor] = call(graph, aten.expand.default, mean, sizes)
@@ -77,7 +78,8 @@ class FutureRotation:
             if not held <= self._ahead.keys():
                 self._ahead |= dict.fromkeys(held, self._following(positions))
             ahead = _copy(factor, self._ahead, length, self.future)
-            self._means[factor] = call(factor.graph, aten.mean.dim, ahead, [axis], True, dtype=torch.float32)
+            dtype = torch.complex64 if val(factor).is_complex() else torch.float32
+            self._means[factor] = call(factor.graph, aten.mean.dim, ahead, [axis], True, dtype=dtype)
         return self._means[factor]
 
     def _following(self, positions: fx.Node) -> fx.Node:

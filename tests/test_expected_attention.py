@@ -320,8 +320,24 @@ def turned_by_parts(x: Tensor, positions: Tensor, spelling: str) -> Tensor:
     return rotate(x, cos, sin, spelling)
 
 
-@pytest.mark.parametrize("turn", [turned, turned_by_parts])
-@pytest.mark.parametrize("spelling", ["halves", "pairs", "part of the head"])
+def turned_as_complex(x: Tensor, positions: Tensor, _: str) -> Tensor:
+    factors = torch.polar(torch.ones_like(angles(positions)), angles(positions))
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(3, (4, 2))) * factors).flatten(3)
+
+
+def turned_behind_tokens(x: Tensor, positions: Tensor, spelling: str) -> Tensor:
+    """With heads behind tokens while they are turned, [B, S, H, D]."""
+    angle = angles(positions).transpose(1, 2)
+    return rotate(x.transpose(1, 2).clone(), angle.cos(), angle.sin(), spelling).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("turn", "spelling"),
+    [
+        *itertools.product([turned, turned_by_parts, turned_behind_tokens], ["halves", "pairs", "part of the head"]),
+        (turned_as_complex, "pairs"),
+    ],
+)
 def test_the_rotation_is_read_from_every_spelling(spelling, turn):
     module = query_of(lambda x, positions, _: 0.5 * turn(x, positions // 2, spelling))
     module.graph.output_node().args = (rotation_of(module),)
@@ -349,11 +365,6 @@ def looked_up(x: Tensor, positions: Tensor, _: Tensor) -> Tensor:
     return rotate(x, table.cos()[positions][:, None], table.sin()[positions][:, None], "halves")
 
 
-def complex_product(x: Tensor, positions: Tensor, _: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.reshape(*x.shape[:3], 4, 2))
-    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles(positions)), angles(positions))).flatten(3)
-
-
 NOT_LINEAR = "inside RoPE is not known to be linear in the query and in the factors of its position"
 NEAR_MISSES = {
     "a norm behind RoPE": (lambda x, p, _: F.normalize(turned(x, p), dim=-1), rf"`\w*norm\w*` {NOT_LINEAR}"),
@@ -363,7 +374,6 @@ NEAR_MISSES = {
     "RoPE twice": (lambda x, p, _: turned(turned(x, p), p), rf"`mul_\d` {NOT_LINEAR}"),
     "division by a factor": (lambda x, p, _: turned(x, p) / (1 + p)[:, None, :, None], rf"`div_\d` {NOT_LINEAR}"),
     "the square of the query": (lambda x, p, _: x * turned(x, p), rf"`mul_\d` {NOT_LINEAR}"),
-    "complex numbers": (complex_product, "`view_as_complex` does not lead back to one tensor"),
     "a table": (looked_up, r"looks its factors up \(`index`\) in a table that may not reach the positions that follow"),
     "positions of its own": (
         lambda x, p, _: turned(x, torch.arange(x.shape[2])[None]),

@@ -239,6 +239,21 @@ def test_the_key_before_rope_is_found_in_every_spelling(spelling):
     assert before_rope(roped) is before
 
 
+def test_the_key_before_rope_stands_as_the_roped_one_where_rope_saw_its_axes_in_another_order():
+    def keys(ids, weight, projection, positions):
+        x = F.linear(F.embedding(ids, weight), projection).view(*ids.shape, 2, 8)
+        angle = positions[:, :, None, None] * torch.arange(1, 5)
+        turned = torch.view_as_complex(x.unflatten(3, (4, 2))) * torch.polar(torch.ones_like(angle).float(), angle.float())
+        return x, torch.view_as_real(turned).flatten(3).transpose(1, 2)
+
+    ids = torch.ones(2, 5, dtype=torch.long)
+    module = graph_of(keys, ids, randn(9, 16), randn(16, 16), torch.arange(5)[None].expand(2, 5).contiguous())
+    before, roped = module.graph.output_node().args[0]
+    found = before_rope(roped)
+    assert is_call(found, aten.permute.default)
+    assert found.args == (before, [0, 2, 1, 3])
+
+
 def test_a_key_without_rope_is_its_own_key_before_rope():
     def keys(ids, weight, projection):
         return F.linear(F.embedding(ids, weight), projection)
