@@ -7,7 +7,7 @@ are physical, so that no length that the graph depends on is a Python number.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,7 +192,7 @@ class Cache(transformers.Cache):
         if layer_idx == 0:
             self.lengths_seen, self.croppable, self._ids = self.lengths_seen + length, self.croppable + length, None
             if self._real is not None:
-                self._real = [*self._real, self._all_real(length)]
+                self._real = [*self._real, self.all_real(length)]
         return super().update(key_states.detach(), value_states.detach(), layer_idx, *args, **kwargs)
 
     # -- edits -----------------------------------------------------------------------------------------------------------------
@@ -286,53 +286,9 @@ class Cache(transformers.Cache):
         if self.lengths_seen is not None:
             mark_dynamic(self.lengths_seen, 0)
 
-    # -- steps of a forward ----------------------------------------------------------------------------------------------------
-
-    def took(self, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, held: Sequence[int]) -> None:
-        """Account for a forward over `length` new tokens, after its graph stored them in the layers, which held `held` slots."""
-        all_held = [
-            layer.take(length, slots, self.lengths_seen, seen, valid) for layer, slots in zip(self.layers, held, strict=True)
-        ]
-        self.lengths_seen, whole = seen, all(all_held)
-        if self._ids is not None:
-            self._ids = None if ids is None else [*self._ids, ids]
-        if valid is None:
-            self.croppable = self.croppable + length if whole else 0
-            if self._real is not None:
-                self._real = [*self._real, self._all_real(length)]
-        else:
-            trailing = valid.all(0).flip(0).long().cumprod(0).sum()  # tokens that are real in every row
-            self.croppable = int(trailing) if whole else 0
-            self._real = [*(self._real or [self._all_real(self.get_seq_length() - length)]), valid]
-
-    def _all_real(self, length: int) -> Tensor:
+    def all_real(self, length: int) -> Tensor:
+        """Say of `length` tokens of every row that none is padding."""
         return torch.ones(self.batch_size, length, dtype=torch.bool, device=self.lengths_seen.device)
-
-    def push_empty_left(self, fixed: Collection[int] = ()) -> None:
-        """Move empty slots to the left of each row, and drop those that are empty in all rows; of a window, keep the last slots.
-
-        Args:
-            fixed: layers whose slots have to stay where they are.
-
-        Raises:
-            CacheMismatch: a row of a fixed layer has empty slots elsewhere than on the left.
-        """
-        there = [layer.positions[:, 0] >= 0 for layer in self.layers]
-        filled = torch.stack([slots.sum(-1) for slots in there]).tolist()
-        self.has_empty = False
-        for index, (layer, slots, counts) in enumerate(zip(self.layers, there, filled, strict=True)):
-            width = layer.slots
-            if index not in fixed:
-                width = max(counts) if layer.window is None else min(max(counts), layer.window - 1)
-            elif bool((slots[:, 1:] < slots[:, :-1]).any()):
-                raise CacheMismatch(
-                    f"rows have padding between their tokens or on the right, and layer {index} was left alone, so that its slots "
-                    "cannot be moved. Pad on the left; kvfx.explain(model) says why the layer was left alone."
-                )
-            order = slots.long().argsort(dim=-1, stable=True)[:, layer.slots - width :]
-            layer.arrange(order, ~slots.gather(1, order), self.lengths_seen)
-            self.has_empty |= min(counts) < width
-        self.mark()
 
     def save(self, path: str) -> None:
         """Write the cache to one file, whole or not at all. See `kvfx.load_cache`."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvfx import tree
 from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer
+from kvfx.cache_step import took
 from kvfx.call import Call, call_of, refuse_padding
 from kvfx.engine import STORE_ALL, Engine, StepKey
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
@@ -213,7 +214,7 @@ class DecoderRunner:
             check_finite(cache, self.policy)
         tokens = leaves[call.tokens]
         ids = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
-        cache.took(ids, None, seen, tokens.shape[1], held or [0] * len(cache.layers))
+        took(cache, ids, None, seen, tokens.shape[1], held or [0] * len(cache.layers))
         cache.form, cache.others = form_of(tree.at(spec, path), returned[part], roles[part], cache.get_seq_length())
         if sizes:
             self._judge(cache)

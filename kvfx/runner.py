@@ -14,6 +14,7 @@ from torch import Tensor
 from kvfx import hf
 from kvfx.cache import Cache, SlotCache
 from kvfx.cache_layer import CacheLayer
+from kvfx.cache_step import push_empty_left, took
 from kvfx.engine import STORE_ALL, Engine
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import Owner, differences, fingerprint
@@ -124,10 +125,10 @@ class Runner:
         out, seen = self._run(phase, plan, work, (sizes, counts, length_seen), (block.valid, tokens, options))
         if plan.score is not None:
             check_finite(work, self.policy)
-        work.took(tokens.get("input_ids"), block.valid, seen, length, held)
+        took(work, tokens.get("input_ids"), block.valid, seen, length, held)
         if phase != "decode":
             if counts is not None or block.valid is not None:
-                work.push_empty_left(fixed=self.engine.whole)
+                push_empty_left(work, fixed=self.engine.whole)
             work.owner, work.fingerprint = Owner.of(self.base), None
             if evict:
                 work.policy = str(self.policy)
