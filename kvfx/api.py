@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvfx import hf, trial
+from kvfx.decoder import CompressedDecoder, DecoderRunner
 from kvfx.engine import engine_of
 from kvfx.errors import InputError, PolicyError
 from kvfx.explain import Explanation
@@ -29,16 +30,18 @@ def compile(
     """Return a model whose KV caches keep only what `policy` chooses.
 
     Args:
-        model: a causal decoder of transformers, in eval mode; also one that is compiled, weight-only quantised, or adapted by
-            peft. It is not modified; parameters are shared.
+        model: a causal decoder, in eval mode: of transformers, also one that is compiled, weight-only quantised, or adapted by
+            peft; or any `nn.Module` that takes its past keys and values and returns them grown. It is not modified; parameters are
+            shared.
         policy: what to keep; text such as `"compactor:0.5"`, a `Policy`, or its dict form. See docs/policy.md.
         backend: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         sketch: per layer a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` for leverage scores, instead of the drawn ones.
         on_refuse: what to do about an attention site that is not understood: "warn" leaves it whole, "error" raises.
 
     Returns:
-        A model of the same class with `compress`, and `generate` on compressed caches. Nothing is compiled before it is called;
-        models compiled from the same `model` share their graphs.
+        A model of the same class with `compress`, and `generate` on compressed caches; for a module that is not of transformers,
+        a `CompressedDecoder` with `prefill`. Nothing is compiled before it is called; models compiled from the same `model` share
+        their graphs.
 
     Raises:
         PolicyError: the policy is unknown, malformed or contradicts itself.
@@ -50,6 +53,10 @@ def compile(
         raise InputError(f"on_refuse is {on_refuse!r}; known: ['error', 'warn']")
     chosen = as_policy(policy)
     base = hf.unwrap(model)
+    if not hf.is_transformers(base):
+        if sketch is not None:
+            raise PolicyError("sketches are taken for transformers decoders only; leave sketch out, and they are drawn")
+        return CompressedDecoder(base, chosen, lower(chosen), engine_of(base, backend), on_refuse)
     sketches = None if sketch is None else _check_sketch(base, chosen, sketch)
     plan = lower(chosen, sketches)
     return compressed(base, chosen, plan, engine_of(base, backend), on_refuse)
@@ -80,8 +87,9 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
 
     Args:
         model: what `compile` returned, or with `policy` any model that `compile` takes; its weights may be on the meta device.
-        inputs: token ids, or a mapping with `input_ids`, to trace; the default is a short prompt that is made up. Only their
-            shapes matter: nothing is run and nothing is kept.
+        inputs: token ids, or a mapping with `input_ids`, to trace; of a decoder that is not of transformers its first argument, or
+            a tuple or mapping of arguments. The default is a short prompt that is made up. Only their shapes matter: nothing is
+            run and nothing is kept.
         policy: what to keep; the default is the policy of a compiled model.
 
     Returns:
@@ -110,8 +118,13 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
         plan = lower(chosen)
     if inputs is None:
         inputs = trial.prompt(base, chosen)
+    name = type(base).__name__
+    if not hf.is_transformers(base):
+        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+        args = (args,) if isinstance(args, Tensor) else tuple(args)
+        report = trial.trace(name, lambda engine: DecoderRunner(base, chosen, plan, engine, "warn").forward(args, kwargs))
+        return Explanation(name, chosen, report)
     ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
     mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
-    name = type(base).__name__
     report = trial.trace(name, lambda engine: compressed(base, chosen, plan, engine, "warn").compress(ids, mask))
     return Explanation(name, chosen, report)

@@ -35,6 +35,8 @@ class Cache(transformers.Cache):
         croppable: last tokens of which every layer holds a slot in every row, so that `crop` is exact.
         fingerprint: what identifies the model, or None until the cache is saved or compared.
         owner: the model that made the cache, or None if only its fingerprint is known.
+        form: how a decoder that is no transformers model keeps its past (see `kvfx.form`), or None.
+        others: the tensors of such a past that are neither keys nor values.
     """
 
     layout = "dense"
@@ -48,6 +50,8 @@ class Cache(transformers.Cache):
         self.croppable = 0
         self.fingerprint: dict[str, Any] | None = None
         self.owner: Any = None
+        self.form: Any = None
+        self.others: list[Tensor] = []
         # What the forwards saw, joined when it is read. None: the ids are not known; no token was padding.
         self._ids: list[Tensor] | None = []
         self._real: list[Tensor] | None = None
@@ -104,6 +108,7 @@ class Cache(transformers.Cache):
         cache.policy, cache.croppable, cache.has_empty = about["policy"], about["croppable"], about["has_empty"]
         cache._ids = [tensors["ids"]] if "ids" in tensors else None if cache.layers else []
         cache._real = [tensors["real"]] if "real" in tensors else None
+        cache.others = [tensors[name] for name in tensors if name.startswith("others.")]
         return cache
 
     def about(self) -> dict[str, Any]:
@@ -134,6 +139,7 @@ class Cache(transformers.Cache):
         held = {"lengths_seen": self.lengths_seen, "ids": self.ids, "real": self.real}
         for index, layer in enumerate(self.layers):
             held |= {f"layers.{index}.{name}": getattr(layer, name) for name in LAYER_TENSORS}
+        held |= {f"others.{index}": tensor for index, tensor in enumerate(self.others)}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
     @property
@@ -149,7 +155,7 @@ class Cache(transformers.Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the distinct storages that this cache keeps alive."""
-        held = [self.lengths_seen, *(self._ids or []), *(self._real or [])]
+        held = [self.lengths_seen, *(self._ids or []), *(self._real or []), *self.others]
         for layer in self.layers:
             held += [layer.keys, layer.values, layer.prefix, layer.next_position]
         storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
@@ -211,9 +217,14 @@ class Cache(transformers.Cache):
         return self
 
     def map_rows(self, rows: Rows) -> None:
-        """Apply `rows` along the batch axis of everything held."""
+        """Apply `rows` along the batch axis of everything held.
+
+        Raises:
+            CacheMismatch: a decoder's own tensors are held, whose axes only it knows.
+        """
         if self.lengths_seen is None:
             return
+        self._refuse_others("rows cannot be chosen")
         for layer in self.layers:
             layer.map_rows(rows)
         ids, real = self.ids, self.real
@@ -244,6 +255,7 @@ class Cache(transformers.Cache):
             raise ValueError(f"crop takes the negated number of tokens to forget, got {tokens_to_remove}")
         if tokens_to_remove == 0 or self.lengths_seen is None:
             return
+        self._refuse_others("tokens cannot be cropped")
         if -tokens_to_remove > self.croppable:
             raise CacheMismatch(
                 f"cannot crop {-tokens_to_remove} tokens: {self.croppable} came after the last eviction or padding, and what was "
@@ -259,6 +271,11 @@ class Cache(transformers.Cache):
         self._ids = None if ids is None else [ids[:, :tokens_to_remove]]
         self._real = None if real is None else [real[:, :tokens_to_remove]]
         self.mark()
+
+    def _refuse_others(self, what: str) -> None:
+        if self.others:
+            shapes = [tuple(tensor.shape) for tensor in self.others]
+            raise CacheMismatch(f"{what}: beside keys and values this cache holds a decoder's own tensors of shapes {shapes}")
 
     def mark(self) -> None:
         """Let the number of slots and rows vary without a new graph. Once, on tensors that no graph has made."""

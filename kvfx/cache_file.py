@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvfx.cache import Cache
 from kvfx.errors import ArtifactError
+from kvfx.form import Form
 
 FORMAT = "1.0"
 BLANK = "0" * 64
@@ -39,6 +40,7 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         "format": FORMAT,
         "layout": cache.layout,
         **cache.about(),
+        "form": None if cache.form is None else cache.form.as_data(),
         "store": {"dtype": str(cache.layers[0].keys.dtype).removeprefix("torch."), "scales": None},
         "fingerprint": cache.fingerprint,
         "sha256": {name: _digest(tensor) for name, tensor in held.items()},
@@ -63,6 +65,8 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     cache = Cache.of_tensors(tensors, about)
     cache.fingerprint = about["fingerprint"]
+    if about.get("form") is not None:
+        cache.form = Form.of_data(about["form"])
     cache.mark()
     return cache
 

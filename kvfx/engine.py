@@ -126,12 +126,16 @@ class Engine:
             "whole": bool(slots.whole),
         }
         key = StepKey(phase, plan, on_refuse, tuple(name for name, there in uneven.items() if there))
+        return self.run_step(key, step, model, slots, *inputs)
+
+    def run_step(self, key: StepKey, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Run `step(*arguments)`, rewritten as `key` says; compile it if its like has not run before."""
         with self._lock:
             if key not in self._steps:
                 self._steps[key] = capture.compile_with(step, self._rewrite(key), self.backend)
         try:
             with torch.no_grad():
-                return self._steps[key](model, slots, *inputs)
+                return self._steps[key](*arguments)
         except capture.CompileError as error:
             raise _unwrap(error, self.name) from error
 

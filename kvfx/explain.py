@@ -177,7 +177,7 @@ def _cells(site: Site) -> tuple[str, ...]:
         f"{site.heads} q / {site.kv_heads} kv x {site.head_dim}",
         site.cache,
         " ".join(site.taps),
-        site.score,
+        f"{site.score}, without {' and '.join(site.unseen)}" if site.unseen else site.score,
     )
 
 

@@ -60,14 +60,25 @@ KEY_PROJECTION = ("k_proj", "key", "qkv", "qkv_proj", "query_key_value", "c_attn
 def fingerprint(model: Any) -> dict[str, Any]:
     """Config, active adapters, and sha256 of embedding, first and last key projection, and norms.
 
-    Cost: reads those weights once, about the size of the embedding.
+    Cost: reads those weights once, about the size of the embedding. Of a decoder that is no transformers model: see `_plain`.
     """
+    if not hf.is_transformers(model):
+        return _plain(model)
     config = {name: value for name, value in model.config.to_dict().items() if name not in IRRELEVANT}
     return {
         "config": json.loads(json.dumps(config, sort_keys=True, default=str)),
         "weights": {name: _digest(parts) for name, parts in _groups(model).items()},
         "adapters": list(hf.adapters(model)),
     }
+
+
+def _plain(model: nn.Module) -> dict[str, Any]:
+    """Class, names and shapes of all weights, and sha256 of some numbers of each: nothing says which of them make the keys."""
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in named.items()}
+    few = [tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)] for tensor in named.values()]
+    about = {"class": f"{type(model).__module__}.{type(model).__qualname__}", **shapes}
+    return {"config": about, "weights": {"module": _digest(few)}, "adapters": list(hf.adapters(model))}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

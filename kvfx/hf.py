@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import Any
+from typing import Any, TypeGuard
 
 import transformers
 from torch import nn
@@ -15,11 +15,11 @@ from transformers.utils import output_capturing
 from kvfx.errors import UnsupportedModel
 
 
-def unwrap(model: nn.Module) -> transformers.PreTrainedModel:
-    """The plain transformers decoder inside a compiled, adapted or already compressed model.
+def unwrap(model: nn.Module) -> Any:
+    """The plain decoder inside a compiled, adapted or already compressed model.
 
     Raises:
-        UnsupportedModel: it is no transformers decoder, or in a state that is not supported; the message says which.
+        UnsupportedModel: it is no decoder, or in a state that is not supported; the message says which.
     """
     seen: Any = model
     while True:
@@ -40,20 +40,25 @@ def unwrap(model: nn.Module) -> transformers.PreTrainedModel:
     return seen
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: Any) -> None:
     name = type(model).__name__
-    if not isinstance(model, transformers.PreTrainedModel):
+    if not isinstance(model, nn.Module):
         raise UnsupportedModel(
-            f"{name} is not a transformers model. Expected a causal decoder such as AutoModelForCausalLM.from_pretrained(...); "
-            "decoders written by hand are not supported yet."
+            f"{name} is no model. Expected a causal decoder such as AutoModelForCausalLM.from_pretrained(...), or an nn.Module "
+            "that takes its past keys and values and returns them grown."
         )
+    if model.training:
+        raise UnsupportedModel(f"{name} is in training mode; compression is for inference. Call model.eval() first.")
+    if not is_transformers(model):
+        inner = next((part for part in model.modules() if is_transformers(part)), None)
+        if inner is not None:
+            raise UnsupportedModel(f"{name} holds a transformers model; give kvfx.compile that {type(inner).__name__} itself.")
+        return
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UnsupportedModel(
             f"{name} is no causal decoder: it {'is an encoder-decoder' if model.config.is_encoder_decoder else 'cannot generate'}, "
             "so there is no KV cache of a prompt to compress. Expected a model of AutoModelForCausalLM."
         )
-    if model.training:
-        raise UnsupportedModel(f"{name} is in training mode; compression is for inference. Call model.eval() first.")
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         raise UnsupportedModel(
@@ -65,6 +70,12 @@ def _check(model: nn.Module) -> None:
         raise UnsupportedModel(
             f"{name} has offloading hooks (at `{hooked or 'the model'}`), which are not supported. Load it without."
         )
+    windows(model)
+
+
+def is_transformers(model: Any) -> TypeGuard[transformers.PreTrainedModel]:
+    """Whether `model` is a model of transformers."""
+    return isinstance(model, transformers.PreTrainedModel)
 
 
 def clone(model: transformers.PreTrainedModel, mixin: type) -> Any:

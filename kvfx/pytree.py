@@ -24,14 +24,14 @@ def flatten(cache: Cache) -> tuple[list[Tensor], Node]:
     """Take a cache apart; what is no tensor can be hashed and compared."""
     tensors = cache.tensors()
     about, fingerprint = (json.dumps(data, sort_keys=True) for data in (cache.about(), cache.fingerprint))
-    return list(tensors.values()), (tuple(tensors), about, cache.owner, fingerprint)
+    return list(tensors.values()), (tuple(tensors), about, cache.form, cache.owner, fingerprint)
 
 
 def unflatten(leaves: Iterable[Any], node: Node) -> Cache:
     """Put a cache together again, of whatever the leaves have become."""
-    names, about, owner, fingerprint = node
+    names, about, form, owner, fingerprint = node
     cache = Cache.of_tensors(dict(zip(names, leaves, strict=True)), json.loads(about))
-    cache.owner, cache.fingerprint = owner, json.loads(fingerprint)
+    cache.form, cache.owner, cache.fingerprint = form, owner, json.loads(fingerprint)
     return cache
 
 

@@ -57,7 +57,7 @@ class Runner:
         as_tuple = arguments.pop("return_dict", True) is False
         cache = self.own(arguments.pop("past_key_values", None))
         tokens: dict[str, Tensor] = {
-            name: _packed(arguments.pop(name)) for name in ("input_ids", "inputs_embeds") if name in arguments
+            name: packed(arguments.pop(name)) for name in ("input_ids", "inputs_embeds") if name in arguments
         }
         if len(tokens) != 1:
             raise InputError(f"expected one of input_ids and inputs_embeds, got {sorted(tokens) or 'neither'}")
@@ -75,23 +75,9 @@ class Runner:
                 f"past_key_values is a {type(cache).__name__}, whose slots say nothing of the positions they stand for. Expected "
                 "a kvfx.Cache: leave past_key_values out, use model.compress(ids), or build one with kvfx.Cache.from_layers."
             )
-        if cache.layers and cache.owner != Owner.of(self.base):
-            self._check_fingerprint(cache)
+        if cache.layers:
+            check_owner(cache, self)
         return cache
-
-    def _check_fingerprint(self, cache: Cache) -> None:
-        owner = Owner.of(self.base)
-        if cache.fingerprint is None and cache.owner is not None:
-            raise CacheMismatch(
-                f"this cache was made by another model than this {type(self.base).__name__}, or with other adapters active. "
-                "Compress the context again with this one."
-            )
-        if cache.fingerprint is not None and (cache.fingerprint is not self.accepted[0] or owner != self.accepted[1]):
-            different = differences(fingerprint(self.base), cache.fingerprint)
-            if different:
-                raise CacheMismatch("this cache was made by another model:\n  " + "\n  ".join(different))
-            self.accepted = cache.fingerprint, owner  # which the copies of a loaded cache share: compared once
-        cache.owner = owner
 
     def _step(self, cache: Cache, block: _Block, tokens: dict[str, Tensor], options: dict[str, Any], evict: bool) -> Any:
         batch, length, device = block.batch, block.length, block.device
@@ -137,7 +123,7 @@ class Runner:
             mark_dynamic(length_seen, 0)
         out, seen = self._run(phase, plan, work, (sizes, counts, length_seen), (block.valid, tokens, options))
         if plan.score is not None:
-            self._check_finite(work)
+            check_finite(work, self.policy)
         work.took(tokens.get("input_ids"), block.valid, seen, length, held)
         if phase != "decode":
             if counts is not None or block.valid is not None:
@@ -187,19 +173,46 @@ class Runner:
             return sizes, None
         return sizes, [torch.tensor(counts, device=block.device) for counts in per_layer]
 
-    def _check_finite(self, cache: Cache) -> None:
-        """One host sync per eviction, so that a ranking by NaN is never used."""
-        checked = [layer.finite for layer in cache.layers if layer.finite is not None]
-        finite = torch.stack(checked).tolist() if checked else []
-        if not all(finite):
-            bad = [index for index, fine in enumerate(finite) if not fine]
-            raise InputError(
-                f"scores of {self.policy.name} are not finite in layers {bad}: the keys, queries or values there hold inf or nan. "
-                "Nothing was stored. Check the weights and the dtype (float16 overflows where bfloat16 does not)."
-            )
+
+def check_owner(cache: Cache, runner: Any) -> None:
+    """Make sure that a cache was made by the model of a runner, which remembers the fingerprint that it last accepted.
+
+    Raises:
+        CacheMismatch: it was made by another one.
+    """
+    owner = Owner.of(runner.base)
+    if cache.owner == owner:
+        return
+    if cache.fingerprint is None and cache.owner is not None:
+        raise CacheMismatch(
+            f"this cache was made by another model than this {type(runner.base).__name__}, or with other adapters active. "
+            "Compress the context again with this one."
+        )
+    if cache.fingerprint is not None and (cache.fingerprint is not runner.accepted[0] or owner != runner.accepted[1]):
+        different = differences(fingerprint(runner.base), cache.fingerprint)
+        if different:
+            raise CacheMismatch("this cache was made by another model:\n  " + "\n  ".join(different))
+        runner.accepted = cache.fingerprint, owner  # which the copies of a loaded cache share: compared once
+    cache.owner = owner
 
 
-def _packed(tensor: Tensor) -> Tensor:
+def check_finite(cache: Cache, policy: Policy) -> None:
+    """One host sync per eviction, so that a ranking by NaN is never used.
+
+    Raises:
+        InputError: a score is not finite.
+    """
+    checked = [layer.finite for layer in cache.layers if layer.finite is not None]
+    finite = torch.stack(checked).tolist() if checked else []
+    if not all(finite):
+        bad = [index for index, fine in enumerate(finite) if not fine]
+        raise InputError(
+            f"scores of {policy.name} are not finite in layers {bad}: the keys, queries or values there hold inf or nan. "
+            "Nothing was stored. Check the weights and the dtype (float16 overflows where bfloat16 does not)."
+        )
+
+
+def packed(tensor: Tensor) -> Tensor:
     """`tensor` with the strides of a fresh one: a slice of a longer row would be a new graph."""
     tensor = tensor.detach()  # nothing here has a gradient
     fresh = torch.empty(tensor.shape, device="meta").stride()

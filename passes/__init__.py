@@ -12,6 +12,7 @@ import time
 from torch import fx
 
 from kvfx.passes.attach_cache import attach_cache
+from kvfx.passes.attach_leaves import attach_leaves
 from kvfx.passes.find_attention import find_attention
 from kvfx.passes.insert_eviction import insert_eviction
 from kvfx.passes.insert_scores import insert_scores
@@ -19,11 +20,14 @@ from kvfx.passes.lower import lower
 from kvfx.passes.plan import Plan
 from kvfx.passes.read_slots import read_slots
 from kvfx.passes.report import Report
+from kvfx.passes.stores import forward_stores
 from kvfx.passes.verify import verify
 from kvfx.passes.where import locate
 
 PIPELINE = (
-    find_attention,  # first: everything else starts from sites
+    forward_stores,  # before all: what was written to a part of a tensor is then plain to see where it is read
+    find_attention,  # everything else starts from sites
+    attach_leaves,  # before caches: makes a write of each returned tensor that is a layer's keys or values
     attach_cache,  # before scores: a site that writes no cache needs none
     read_slots,  # from here on lengths are physical
     insert_scores,  # before eviction: a score reads the whole prompt

@@ -93,6 +93,8 @@ class _Builder:
         schema = schema_of(getattr(torch.ops.kvfx, expr.op).default)
         given: dict[str, Any] = {"scale": self.attention[6], "valid": self.site.nodes.get("valid"), "layer": self.site.layer}
         given |= dict(expr.options)
+        if given["scale"] == self.attention[6] and any(argument.name == "scale" for argument in schema.arguments):
+            self.site.unseen = self.unseen()
         if any(argument.name == "lse" for argument in schema.arguments) and given["scale"] == self.attention[6]:
             given["lse"] = self.log_sum_exp()  # which is of the model's own scale
         if expr.sketch is not None:
@@ -101,6 +103,13 @@ class _Builder:
         tensors = self.site.nodes | {"rotation": self.site.nodes.get(f"rotation_{expr.future}")}
         given |= dict(zip(names, (tensors[tap] for tap in expr.taps), strict=False))
         return self.op(expr.op, *(given.get(name) for name in names))
+
+    def unseen(self) -> tuple[str, ...]:
+        """What attention does to its logits besides scaling and masking them."""
+        mask, softcap, sinks = self.attention[3], *self.attention[7:9]
+        is_bias = mask is not None and val(mask).is_floating_point() and val(mask).dim() > 2 and val(mask).shape[-3] != 1
+        changes = {"soft cap": softcap is not None, "sinks": sinks is not None, "bias per head": is_bias}
+        return tuple(name for name, there in changes.items() if there)
 
     def log_sum_exp(self) -> fx.Node | None:
         """That of the site's attention, [B, Hq, S] fp32; None where its kernel does not give one."""

@@ -71,7 +71,7 @@ def _erase_unused(node: fx.Node) -> None:
     for user in list(node.users):
         if user.op == "call_function":
             _erase_unused(user)
-    if not node.users:
+    if not node.users and not node.is_impure():  # a write in place has no users and is read all the same
         node.graph.erase_node(node)
 
 

@@ -61,6 +61,7 @@ class Site:
         cache: how new keys join the cache; empty where nothing was found.
         taps: tensors that the score reads.
         score: the ops that score, or empty.
+        unseen: what changes the weights of this attention and is left out where its score computes weights of its own.
         lowering: what runs the ops: "kernel" or "reference".
         refusal: why the site was left whole.
         where: module, file and line in the model; see `passes.where`.
@@ -77,6 +78,7 @@ class Site:
     cache: str = ""
     taps: tuple[str, ...] = ()
     score: str = ""
+    unseen: tuple[str, ...] = ()
     lowering: str = ""
     refusal: str = ""
     where: str = ""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
 from kvfx.cache import CacheLayer, SlotCache
 from kvfx.engine import step
-from kvfx.passes import capture
+from kvfx.passes import PIPELINE, capture
 from kvfx.passes.cache_write import size_of
+from kvfx.passes.plan import Plan
+from kvfx.passes.report import Report
 
 
 def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | None = None, past: int = 0) -> fx.GraphModule:
@@ -42,6 +46,12 @@ def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | Non
         if not caught:
             raise
     return caught[0]
+
+
+def passes_until(last: str) -> list[Callable[[fx.GraphModule, Plan, Report], None]]:
+    """The passes in order, up to the one of that name."""
+    names = [apply.__name__ for apply in PIPELINE]
+    return list(PIPELINE[: names.index(last) + 1])
 
 
 def computed(module: fx.GraphModule, nodes: list[fx.Node], **inputs: object) -> tuple[Tensor, ...]:

@@ -48,10 +48,7 @@ MODELS = {
         lambda: BertModel(BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).eval(),
         r"BertModel is no causal decoder: it cannot generate, so there is no KV cache.*AutoModelForCausalLM",
     ),
-    "no transformers model": (
-        lambda: nn.Linear(2, 2),
-        r"Linear is not a transformers model\. Expected a causal decoder such as AutoModelForCausalLM",
-    ),
+    "no model": (lambda: len, r"builtin_function_or_method is no model\. Expected a causal decoder such as AutoModelForCausalLM"),
     "training": (training, r"LlamaForCausalLM is in training mode; compression is for inference\. Call model\.eval\(\) first"),
 }  # fmt: skip
 

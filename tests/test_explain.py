@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama import modeling_llama
 
@@ -87,7 +87,8 @@ def test_an_explanation_is_a_table_and_json():
     ):
         assert word in text
     data = explanation.as_dict()
-    assert json.loads(json.dumps(data)) == {**data, "sites": [{**site, "taps": list(site["taps"])} for site in data["sites"]]}
+    sites = [{**site, "taps": list(site["taps"]), "unseen": []} for site in data["sites"]]
+    assert json.loads(json.dumps(data)) == {**data, "sites": sites}
     assert all("sdpa_attention.py" in site["where"] for site in data["sites"])
     assert data["policy"] == str(compiled._kvfx.policy)
     assert data["coverage"] == 1.0
@@ -240,3 +241,13 @@ def test_refusals_that_are_alike_are_one_with_everything_said(width):
     ):
         assert said in words
     assert "matmul_1" not in words
+
+
+def test_what_a_score_leaves_out_of_attention_is_said():
+    config = Gemma2Config(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=16, layer_types=["full_attention"])  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    [site] = kvfx.explain(model, policy="snapkv:0.5").report.sites
+    assert site.unseen == ("soft cap",)
+    [site] = kvfx.explain(model, policy="compactor:0.5").report.sites
+    assert site.unseen == ()  # its attention is one of its own, without scale, mask and cap

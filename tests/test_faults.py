@@ -135,5 +135,6 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 
 def test_the_pipeline_under_test_is_the_one_that_ships():
     assert [apply.__name__ for apply in passes.PIPELINE] == [
-        "find_attention", "attach_cache", "insert_scores", "insert_eviction", "lower",
+        "forward_stores", "find_attention", "attach_leaves", "attach_cache", "read_slots", "insert_scores", "insert_eviction",
+        "lower",
     ]  # fmt: skip

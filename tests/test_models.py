@@ -8,7 +8,17 @@ import functools
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import kvfx
 from decoding import GREEDY, fresh_llama, tokens
@@ -200,8 +210,11 @@ NO_DECODERS = {
         r"T5ForConditionalGeneration is no causal decoder: it is an encoder-decoder",
     ),
     "no language head": (lambda: LlamaModel(llama().config).eval(), r"LlamaModel is no causal decoder: it cannot generate"),
-    "wrapped in a module": (lambda: nn.Sequential(llama()), r"Sequential is not a transformers model"),
-    "no module": (lambda: "llama", r"str is not a transformers model"),
+    "wrapped in a module": (
+        lambda: nn.Sequential(llama()),
+        r"Sequential holds a transformers model; give kvfx.compile that LlamaForCausalLM itself",
+    ),
+    "no module": (lambda: "llama", r"str is no model\. Expected a causal decoder"),
 }  # fmt: skip
 
 
@@ -212,12 +225,35 @@ def test_what_is_no_decoder_is_refused(what):
         kvfx_compile(make())
 
 
-def test_greedy_text_of_a_model_in_eager_attention_is_the_error_before_any_output():
-    model = kvfx_compile(fresh_llama(attention="eager"))
-    with pytest.raises(kvfx.UnsupportedModel, match=r"(?s)Found instead: .*softmax.*attn_implementation='sdpa'"):
-        model.generate(CONTEXT, **GREEDY)
+def test_a_model_in_eager_attention_keeps_and_says_the_same():
+    eager = fresh_llama(attention="eager", num_hidden_layers=1)
+    eager.load_state_dict(llama().state_dict())
+    model = kvfx_compile(eager)
+    assert torch.equal(model.compress(CONTEXT).layers[0].positions, compiled(HALF).compress(CONTEXT).layers[0].positions)
+    assert torch.equal(model.generate(CONTEXT, **GREEDY), compiled(HALF).generate(CONTEXT, **GREEDY))
 
 
 def test_eval_and_train_false_return_the_model():
     assert compiled(HALF).eval() is compiled(HALF)
     assert compiled(HALF).train(False) is compiled(HALF)
+
+
+def test_a_latent_cache_is_left_whole_and_decodes_as_the_model_does():
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32,
+        kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1,
+        initializer_range=0.2,
+    )  # fmt: skip
+    base, plain = DeepseekV3ForCausalLM(config).eval(), DynamicCache(config=config)
+    model = kvfx_compile(base)
+    with pytest.warns(UserWarning, match=r"(?s)0 of 1 cache layers .* are compressed.*`new_empty` .* not what a cache stores"):
+        cache = model.compress(CONTEXT)
+    with torch.no_grad():
+        base(CONTEXT, past_key_values=plain)
+        for new in (CONTEXT[:, :1], CONTEXT[:, 3:6]):
+            torch.testing.assert_close(model(new, past_key_values=cache).logits, base(new, past_key_values=plain).logits)
+
+
+def test_a_recurrent_cache_is_refused():
+    with pytest.raises(kvfx.UnsupportedModel, match="layer 0 of MambaForCausalLM keeps a LinearAttentionLayer"):
+        kvfx_compile(MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)).eval())

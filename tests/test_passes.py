@@ -13,9 +13,9 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
-from graphs import readable, traced_step
+from graphs import passes_until, readable, traced_step
 from kvfx.lower import lower as plan_of
-from kvfx.passes import PIPELINE, capture, run
+from kvfx.passes import capture, run
 from kvfx.passes.attach_cache import attach_cache
 from kvfx.passes.find_attention import find_attention
 from kvfx.passes.graph import aten, is_call, sort_topologically, val
@@ -344,10 +344,10 @@ def test_sorting_moves_nodes_behind_their_inputs():
 
 
 GOLDENS = {
-    "prefill_compactor": ({"keep": 4}, COMPACTOR, 4),
-    "prefill_knorm_padded": ({"keep": 4, "valid": torch.ones(2, 9, dtype=torch.bool)}, KNORM, 4),
-    "prefill_knorm_lowered": ({"keep": 4}, KNORM, 5),
-    "decode": ({"past": 6}, Plan(None), 5),
+    "prefill_compactor": ({"keep": 4}, COMPACTOR, "insert_eviction"),
+    "prefill_knorm_padded": ({"keep": 4, "valid": torch.ones(2, 9, dtype=torch.bool)}, KNORM, "insert_eviction"),
+    "prefill_knorm_lowered": ({"keep": 4}, KNORM, "lower"),
+    "decode": ({"past": 6}, Plan(None), "lower"),
 }
 
 
@@ -361,13 +361,13 @@ WRITTEN_WITH = ("2.13", "5.23")
 )
 @pytest.mark.parametrize("name", GOLDENS)
 def test_the_graph_reads_as_committed(name):
-    options, plan, passes = GOLDENS[name]
+    options, plan, last = GOLDENS[name]
     length = 1 if "past" in options else 9
     rows = 2 if "valid" in options else 1
     model = decoder("llama", 2, 2, 16, 0, layers=1)
     module = traced_step(model, torch.ones(rows, length, dtype=torch.long), **options)
     report = Report()
-    for apply in PIPELINE[:passes]:
+    for apply in passes_until(last):
         apply(module, plan, report)
     text, path = readable(module), GOLDEN / f"{name}.txt"
     if os.environ.get("KVFX_WRITE_GOLDEN"):

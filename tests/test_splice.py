@@ -10,9 +10,9 @@ import torch
 
 import kvfx
 import reference
-from graphs import traced_step
+from graphs import passes_until, traced_step
 from kvfx.lower import lower
-from kvfx.passes import PIPELINE, run
+from kvfx.passes import run
 from kvfx.passes.report import Report
 from kvfx.policy import Policy
 from test_equivalence import decoder, padded
@@ -78,7 +78,7 @@ def test_equal_scores_are_computed_once_and_the_share_is_not_baked_into_a_number
     plan = lower(Policy.parse("criticalkv(window=4):0.5"))
     module = traced_step(decoder("llama", 2, 2, 16, 0), torch.ones(1, 20, dtype=torch.long), keep=9)
     report = Report()
-    for apply in PIPELINE[:4]:
+    for apply in passes_until("insert_eviction"):
         apply(module, plan, report)
     targets = [str(node.target) for node in module.graph.nodes]
     assert targets.count("kvfx.window_attention.default") == 2  # one a layer

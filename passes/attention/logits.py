@@ -20,6 +20,7 @@ ADD = (aten.add.Tensor, aten.add_.Tensor)
 SUBTRACT = (aten.sub.Tensor, aten.sub_.Tensor)
 MULTIPLY = (aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar)
 DIVIDE = (aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar)
+MAXIMUM = (aten.max.other, aten.maximum.default, aten.clamp.default, aten.clamp_min.default)
 FILL = (aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
 WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -59,6 +60,8 @@ def any_step(node: fx.Node) -> Iterator[Step]:
             yield Step("times", node, (first,), others[0])
     elif is_call(node, *DIVIDE) and not node.kwargs:
         yield Step("over", node, (others[0],), first)
+    elif is_call(node, *MAXIMUM) and not node.kwargs and len(others) == 1:
+        yield Step("floor", node, (others[0],), first)
     elif is_call(node, *FILL):
         yield Step("fill", node, (others[0], others[1]), first)
     elif is_call(node, *WHERE):

@@ -100,10 +100,15 @@ class Place:
         """The size of the batch as text."""
         return str(val(self.node).shape[self.axes.index("b")]) if "b" in self.axes else None
 
-    def brought(self, graph: fx.Graph, heads: Any) -> fx.Node:
-        """As [B, H, tokens, D]."""
-        to = "bHsd" if "s" in self.axes else "bHtd"
-        return brought(graph, self.node, self.axes, to, heads)
+
+def brought_place(graph: fx.Graph, place: Place, heads: Any) -> fx.Node:
+    """What is at `place`, as [B, H, tokens, D]; `heads` are its heads where they cannot be seen."""
+    return brought(graph, place.node, place.axes, "bHsd" if "s" in place.axes else "bHtd", heads)
+
+
+def heads_of(found: list[Place]) -> Any:
+    """How many heads the operand has, as seen where it or the nearest thing it is a view of shows them; None if nothing does."""
+    return next((place.heads for place in found if place.heads is not None), None)
 
 
 def places(node: fx.Node, axes: str) -> list[Place]:
@@ -153,13 +158,20 @@ def _preferred(found: list[Place], like: torch.dtype) -> list[Place]:
     return [place for place in alike if place.is_whole] + [place for place in alike if not place.is_whole]
 
 
-def check(query: Place, key: Place, value: Place, at: fx.Node) -> None:
+def check(query: Place, key: Place, value: Place, heads: Any, at: fx.Node) -> None:
     """Heads, batches and types are those of a decoder's self-attention.
+
+    Args:
+        query: where the query is taken from.
+        key: the same of the key.
+        value: the same of the value.
+        heads: the number of query heads, and of those of key and value where it cannot be seen.
+        at: the attention.
 
     Raises:
         Refuse: they are not.
     """
-    q, k, v = query.heads, key.heads, value.heads
+    q, k, v = heads, *(heads if place.heads is None else place.heads for place in (key, value))
     if str(k) != str(v) or (isinstance(q, int) and isinstance(k, int) and q % k):
         raise Refuse(f"{q} query heads on {k} key and {v} value heads", at)
     if len({place.batch for place in (query, key, value) if place.batch is not None}) > 1:

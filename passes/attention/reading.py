@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from kvfx.passes.attention.axes import PERMUTES, before_view, is_tensor, order, readers, shape_of
 from kvfx.passes.attention.equation import product_axes, value_axes
-from kvfx.passes.attention.operand import Place, check, key_and_value, number, places, query_of
+from kvfx.passes.attention.operand import Place, check, heads_of, key_and_value, number, places, query_of
 from kvfx.passes.graph import arguments, aten, is_call, val
 from kvfx.passes.match import Match, Step
 from kvfx.passes.report import Refuse
@@ -67,20 +67,23 @@ def reading(match: Match, softcap: float | None = None) -> Reading:
     for covered in match.nodes:
         _check_readers(covered, match)
     axes, of_query, of_key = product_axes(match)
-    query = query_of(places(match["query"], of_query))
     scale, biases, axes = _steps(match, axes, softcap)
     axis = match["axis"] % len(axes)
     if axes[axis] != "t":
         raise Refuse(f"softmax over axis {axis} of {_shape(match['softmax'])}, expected the axis of keys", match["softmax"])
     weights = _weights(match["weights"], axes)
     of_value, out = value_axes(match, weights)
-    key, value = key_and_value(places(match["key"], of_key), places(match["value"], of_value), val(query.node).dtype)
-    known = [place.heads for place in (query, key, value) if place.heads is not None]
-    known += [val(match["softmax"]).shape[axes.index("H")]] if "H" in axes else []
-    if not known:
+    queries, keys, values = (places(match[name], of) for name, of in (("query", of_query), ("key", of_key), ("value", of_value)))
+    query = query_of(queries)
+    key, value = key_and_value(keys, values, val(query.node).dtype)
+    heads = heads_of(queries)
+    if heads is None:  # beside the batch, where keys and values have as many heads as queries
+        known = [heads_of(keys), heads_of(values), val(match["softmax"]).shape[axes.index("H")] if "H" in axes else None]
+        heads = next((count for count in known if count is not None), None)
+    if heads is None:
         raise Refuse(f"query has {val(match['query']).dim()} axes, expected [B, H, S, D]", node)
-    check(query, key, value, node)
-    return Reading(query, key, value, known[0], scale * query.factor * key.factor, softcap, biases, out, axes)
+    check(query, key, value, heads, node)
+    return Reading(query, key, value, heads, scale * query.factor * key.factor, softcap, biases, out, axes)
 
 
 def _check_readers(node: fx.Node, match: Match) -> None:
@@ -121,6 +124,8 @@ def _steps(match: Match, axes: str, softcap: float | None) -> tuple[float, tuple
             biases += [Bias("times", None, by, axes, step.node)] * (by != 1.0 and bool(biases))
         elif step.kind in ("bias", "penalty"):
             biases.append(Bias("add" if step.kind == "bias" else "subtract", step.others[0], 0.0, axes, step.node))
+        elif step.kind == "floor":
+            _hidden(step.others[0], step)  # at or below what hides: it keeps rows of nothing else from becoming NaN
         elif step.kind in ("fill", "keep"):
             mask, value = step.others
             biases.append(Bias(step.kind, mask, _hidden(value, step), axes, step.node))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from kvfx.passes.attention.operand import Place, check, key_and_value, places, query_of
+from kvfx.passes.attention.operand import Place, brought_place, check, key_and_value, places, query_of
 from kvfx.passes.attention.waist import site_at
 from kvfx.passes.graph import arguments, aten, replace, val
 from kvfx.passes.match import Match, Op, Var
@@ -41,7 +41,7 @@ def operands(match: Match) -> tuple[Place, Place, Place]:
         raise Refuse(f"dropout {dropout} inside attention", node)
     query = query_of(places(match["query"], "bHsd"))
     key, value = key_and_value(places(match["key"], "bHtd"), places(match["value"], "bHtd"), val(query.node).dtype)
-    check(query, key, value, node)
+    check(query, key, value, val(match["query"]).shape[1], node)
     return query, key, value
 
 
@@ -55,11 +55,7 @@ def waist_site(graph: fx.Graph, match: Match, mask: Any, rule: str) -> Site:
         scale = factor * (val(match["query"]).shape[3] ** -0.5 if scale is None else scale)
     repeated = str(key.heads) != str(val(match["key"]).shape[1])
     with graph.inserting_before(node):
-        # A query below its scale may not be split into heads yet.
-        tensors = [
-            query.brought(graph, val(match["query"]).shape[1]),
-            *(place.brought(graph, place.heads) for place in (key, value)),
-        ]
+        tensors = [brought_place(graph, place, val(match["query"]).shape[1]) for place in (query, key, value)]
         arguments_ = (*tensors, mask, 0.0, options["is_causal"], scale, None, None)
         return site_at(graph, arguments_, rule, "repeated keys" if repeated else "grouped keys")
 

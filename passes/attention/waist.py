@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from kvfx.passes.attention.axes import NEW, mask_on, returned
+from kvfx.passes.attention.operand import brought_place
 from kvfx.passes.attention.reading import Bias, Reading
 from kvfx.passes.graph import aten, call, is_call, val
 from kvfx.passes.match import Match
@@ -27,7 +28,7 @@ def put_waist(graph: fx.Graph, match: Match, read: Reading, rule: str, spelling:
     """
     node = match["attention"]
     with graph.inserting_before(node):
-        query, key, value = (place.brought(graph, read.heads) for place in (read.query, read.key, read.value))
+        query, key, value = (brought_place(graph, place, read.heads) for place in (read.query, read.key, read.value))
         heads, kv_heads = val(query).shape[1], val(key).shape[1]
         mask = _mask(graph, read, heads, kv_heads, val(query).dtype)
         site = site_at(graph, (query, key, value, mask, 0.0, False, read.scale, read.softcap, sinks), rule, spelling)
