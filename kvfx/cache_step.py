@@ -31,6 +31,7 @@ def push_empty_left(cache: Cache, fixed: Collection[int] = ()) -> None:
     """Move empty slots to the left of each row, and drop those that are empty in all rows; of a window, keep the last slots.
 
     Args:
+        cache: what is edited.
         fixed: layers whose slots have to stay where they are.
 
     Raises:

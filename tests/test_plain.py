@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kvfx
+import models_page
 import reference
 import zoo_reference
 from kvfx.kernels.leverage import draw_sketch
@@ -128,6 +129,29 @@ def test_what_is_kept_and_the_text_that_follows_are_the_reference_s(name, policy
         alone = [part[row : row + 1] for part in parts]
         low, exact = own(name, alone, hidden=hidden), own(name, alone, double=True, hidden=hidden)
         assert_within_rounding(torch.cat(out, 1)[row : row + 1], low, exact)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_page_of_models_says_what_was_found(name):
+    case, policies = PLAIN[name], [policy for tried, policy in CASES if tried == name]
+    test_a_cache_that_keeps_everything_changes_nothing(name)
+    for policy in policies:
+        test_what_is_kept_and_the_text_that_follows_are_the_reference_s(name, policy)
+    steps = {
+        key.phase: list(reports[-1].sites)
+        for key, reports in compiled(name, "knorm:0.5")._kvfx.engine.reports.items()
+        if key.plan.taps == ("key",) or key.phase == "decode"
+    }
+    rules, caches = (", ".join(dict.fromkeys(names)) for names in (
+        [site.rule for site in steps["prefill"]], [site.cache for site in steps["decode"]]
+    ))  # fmt: skip
+    with zoo_reference.watching(shared(name), case.kv_heads) as watch, torch.no_grad():
+        shared(name)(tokens(1))
+    before = "no RoPE" if not watch.layers[0].roped else "yes" if "compactor" in policies else "not asked for"
+    models_page.assert_row(
+        f"{name}, by hand", type(shared(name)).__name__, rules, caches, f"{case.kv_heads} of {HEADS}", "full", before,
+        ", ".join(policies), "yes", "yes", "takes no mask", "one by one here" if name in SINGLY else "yes",
+    )  # fmt: skip
 
 
 def test_layers_may_keep_different_numbers():
