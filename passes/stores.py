@@ -39,6 +39,8 @@ def forward_stores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             _join_no_empty(node)
         elif is_call(node, COPY):
             _store(graph, node, contents)
+        elif _writes(node):
+            _forget(contents, _below(inputs(node)[0]))
         elif is_call(node, aten.slice.Tensor):
             tensor, part = _part(node)
             content = contents.get(tensor)
@@ -65,7 +67,8 @@ def _store(graph: fx.Graph, copy: fx.Node, contents: dict[fx.Node, Content]) -> 
     """Note what `copy` writes, or that nothing is known any more of the tensor it writes to."""
     place, source = inputs(copy)[:2]
     tensor, part = _part(place)
-    known = contents.pop(tensor, None) or _held(tensor)
+    known = contents.get(tensor) or _held(tensor)
+    _forget(contents, _below(place))
     if part is None or str(val(source).shape) != str(val(place).shape) or val(source).dtype != val(place).dtype:
         return
     axis, start, _ = part
@@ -74,6 +77,13 @@ def _store(graph: fx.Graph, copy: fx.Node, contents: dict[fx.Node, Content]) -> 
     elif known and known.axis == axis and _same(start, val(known.tensor).shape[axis]):
         with graph.inserting_before(copy):
             contents[tensor] = Content(axis, call(graph, aten.cat.default, [known.tensor, source], axis))
+
+
+def _forget(contents: dict[fx.Node, Content], written: fx.Node) -> None:
+    """Nothing is known any more of a tensor that is written to, nor of those that were filled from it."""
+    for tensor, content in list(contents.items()):
+        if written in (_below(tensor), _below(content.tensor)):
+            del contents[tensor]
 
 
 def _held(tensor: fx.Node) -> Content | None:
@@ -126,7 +136,7 @@ def _drop_needless_copies(graph: fx.Graph) -> None:
     for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
         source: fx.Node = inputs(copy)[0]
         alike = source.op == "placeholder" and str(val(copy).stride()) == str(val(source).stride())
-        if alike and copy not in written and len(copy.args) == 1 and not copy.kwargs:
+        if alike and not {copy, source} & written and len(copy.args) == 1 and not copy.kwargs:
             replace(copy, source)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import kvfx
 import models_page
@@ -20,6 +21,9 @@ import reference
 import zoo_reference
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.capture import pytree
+from kvfx.passes.plan import Plan
+from kvfx.passes.report import Report
+from kvfx.passes.stores import forward_stores
 from yardstick import assert_within_rounding
 from zoo_plain import (
     DIM,
@@ -451,3 +455,39 @@ def test_a_past_that_no_file_can_describe_is_not_saved(tmp_path):
 def test_sketches_are_for_transformers():
     with pytest.raises(kvfx.PolicyError, match="sketches are taken for transformers decoders only"):
         kvfx.compile(shared("flat tuple"), "compactor:0.5", sketch=[torch.zeros(KV_HEADS, DIM, 48)] * 2)
+
+
+def written_and_read(buffer: Tensor, new: Tensor) -> Tensor:
+    buffer[:, :, :3] = new
+    return buffer[:, :, :3] + 1
+
+
+def changed_behind(buffer: Tensor, new: Tensor) -> Tensor:
+    buffer[:, :, :3] = new
+    buffer.mul_(2)
+    return buffer[:, :, :3] + 1
+
+
+def changed_through_a_view(buffer: Tensor, new: Tensor) -> Tensor:
+    buffer[:, :, :3] = new
+    buffer.transpose(1, 2)[:, 1] = 7
+    return buffer[:, :, :3] + 1
+
+
+def changed_at_its_source(buffer: Tensor, new: Tensor) -> Tensor:
+    new = new + 1
+    buffer[:, :, :3] = new
+    new.mul_(2)
+    return buffer[:, :, :3] + 1
+
+
+@pytest.mark.parametrize("function", [written_and_read, changed_behind, changed_through_a_view, changed_at_its_source])
+def test_what_was_written_is_read_back_as_it_is_then(function):
+    buffer, new = torch.zeros(1, 2, 5, 4), torch.randn(1, 2, 3, 4)
+    module = make_fx(function, pre_dispatch=True)(buffer.clone(), new)
+    forward_stores(module, Plan(None), Report())
+    module.recompile()
+    reads = [node for node in module.graph.nodes if "aten.add" in str(node.target) and node.args[1] == 1 and len(node.users) == 1]
+    assert torch.equal(module(buffer.clone(), new), function(buffer.clone(), new.clone()))
+    through_buffer = any(str(node.args[0]).startswith("slice") for node in reads)
+    assert through_buffer == (function is not written_and_read)
