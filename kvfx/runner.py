@@ -146,9 +146,11 @@ class Runner:
         start = next((layer.next_position for layer in work.layers if layer.window is None), None)
         valid, tokens, options = inputs
         given = (work.lengths_seen, valid, tokens, options, self.takes_positions)
+        # Chunks of attention begin behind the padding: a model with windows must know of it even where no slot is empty.
+        padded = work.has_empty or (work._real is not None and any(layer.window for layer in work.layers))
         while True:
             whole = self.engine.whole if work.get_seq_length() else frozenset()
-            slots = SlotCache(work.layers, *lengths, start, work.has_empty, whole)
+            slots = SlotCache(work.layers, *lengths, start, padded, whole)
             try:
                 return self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
             except Stranded as stranded:

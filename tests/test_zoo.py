@@ -364,6 +364,18 @@ def test_rows_of_a_padded_batch_are_as_if_alone(family):
     assert family.rows
 
 
+def test_chunks_of_attention_begin_behind_the_padding_even_if_rows_keep_equally_many():
+    family = Family("llama4")
+    model = kvfx.compile(family.model, "knorm | budget=uniform(tokens=12)", backend="eager", on_refuse="error")
+    ids = torch.cat([torch.zeros(1, LENGTH - SHORT, dtype=torch.long), family.ids[:, :SHORT]], 1)
+    both, mask, token = torch.cat([family.ids, ids]), torch.ones(2, LENGTH, dtype=torch.long), zoo.prompt(1, seed=2)
+    mask[1, : LENGTH - SHORT] = 0
+    cache = model.compress(both, mask)
+    logits = model(token.expand(2, 1).contiguous(), past_key_values=cache.copy()).logits
+    for row, length in enumerate((LENGTH, SHORT)):
+        family.check_logits(cache, row, length, token, logits[row : row + 1])
+
+
 def test_several_new_tokens_at_once_are_as_one_by_one(family):
     assert family.block
 
