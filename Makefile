@@ -7,7 +7,7 @@ RUN := .venv/bin/python -P
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models of the tests are tiny: threads would only wait for each other, so processes share out the files instead.
-PYTEST := -m pytest -n 2 --dist loadfile
+PYTEST := -m pytest -n 2 --dist loadscope
 test test-all test-min models check: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test test-all test-min models check fmt types clean
