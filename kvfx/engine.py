@@ -92,6 +92,7 @@ class Engine:
     Attributes:
         reports: what the passes did to each graph, by the key of its step.
         whole: cache layers that are kept whole, because no attention is understood that reads them.
+        counts_columns: whether a graph behind a cache has a bias per head, see `passes.report.Report`.
     """
 
     def __init__(self, name: str, backend: str) -> None:
@@ -99,6 +100,7 @@ class Engine:
         self.backend = backend
         self.reports: dict[StepKey, list[Report]] = {}
         self.whole: frozenset[int] = frozenset()
+        self.counts_columns = False
         self._steps: dict[StepKey, Callable[..., Any]] = {}
         self._lock = threading.Lock()
 
@@ -147,6 +149,7 @@ class Engine:
                 _judge(report, self.name, key.on_refuse)
             self.reports.setdefault(key, []).append(report)
             self.whole |= frozenset(report.whole)
+            self.counts_columns |= report.counts_columns
 
         return rewrite
 

@@ -93,10 +93,7 @@ class Runner:
             work.lengths_seen = torch.zeros(batch, dtype=torch.long, device=device)
             mark_dynamic(work.lengths_seen, 0)
         elif block.valid is not None and any(layer.window for layer in work.layers):
-            raise InputError(
-                f"rows of different lengths, {list(block.lengths)}, after the first turn: padding would count as part of the "
-                "sliding windows that this model has. Feed the rows one by one, or with equally many new tokens."
-            )
+            raise _uneven_turn(block, "part of the sliding windows that this model has")
         sizes = counts = None
         if plan.score is not None:
             if self.policy.batch_coupled and (batch > 1 or block.valid is not None):
@@ -123,6 +120,8 @@ class Runner:
             length_seen = size_of(work.get_seq_length(), device)
             mark_dynamic(length_seen, 0)
         out, seen = self._run(phase, plan, work, (sizes, counts, length_seen), (block.valid, tokens, options))
+        if phase == "extend" and block.valid is not None and self.engine.counts_columns:
+            raise _uneven_turn(block, "distance in the bias that this model gives to each head, such as ALiBi")
         if plan.score is not None:
             check_finite(work, self.policy)
         took(work, tokens.get("input_ids"), block.valid, seen, length, held)
@@ -213,6 +212,13 @@ def check_finite(cache: Cache, policy: Policy) -> None:
             f"scores of {policy.name} are not finite in layers {bad}: the keys, queries or values there hold inf or nan. "
             "Nothing was stored. Check the weights and the dtype (float16 overflows where bfloat16 does not)."
         )
+
+
+def _uneven_turn(block: _Block, part: str) -> InputError:
+    return InputError(
+        f"rows of different lengths, {list(block.lengths)}, after the first turn: padding would count as {part}. Feed the rows one "
+        "by one, or with equally many new tokens."
+    )
 
 
 def packed(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             continue
         try:
             _swap(site)
+            report.counts_columns |= _differs_by_head(inputs(site.nodes["attention"])[3])
         except Refuse as refuse:
             site.refusal = refuse.reason
     for read in module.graph.find_nodes(op="call_function", target=READ):
@@ -42,6 +43,10 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         )
     if stranded:
         raise Stranded(stranded)
+
+
+def _differs_by_head(mask: fx.Node | None) -> bool:
+    return mask is not None and val(mask).is_floating_point() and val(mask).shape[1] != 1
 
 
 def _swap(site: Site) -> None:

@@ -106,6 +106,7 @@ class Report:
         refusals: nodes that a rule's pattern nearly described.
         layers: cache layers that the graph writes under a plan, those of sliding windows left out.
         whole: those of them that no attention understood by the rules reads.
+        counts_columns: whether attention behind a cache adds a bias per head, which counts the columns of padding too.
         leftovers: op counts worth knowing when no site was found, e.g. softmax calls.
         seconds: time spent in each pass.
     """
@@ -114,6 +115,7 @@ class Report:
     refusals: list[Refusal] = field(default_factory=list)
     layers: int = 0
     whole: tuple[int, ...] = ()
+    counts_columns: bool = False
     leftovers: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 import kvfx
 from kvfx.engine import engine_of
@@ -125,6 +133,18 @@ def test_later_turns_of_different_lengths_are_refused():
         kvfx.InputError, match=r"\[2, 3\], after the first turn: padding would count as part of the sliding windows"
     ):
         model(tokens(2, 3), attention_mask=mask, past_key_values=cache)
+
+
+def test_later_turns_of_different_lengths_are_refused_where_a_bias_counts_columns():
+    config = MptConfig(vocab_size=97, d_model=32, n_layers=1, n_heads=2, max_seq_len=64, expansion_ratio=2)
+    model = kvfx.compile(MptForCausalLM(config).eval(), "knorm:0.5", backend="eager")
+    cache = model.compress(tokens(2, 12))
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, 12] = 0
+    with pytest.raises(kvfx.InputError, match=r"\[2, 3\], after the first turn: padding would count as distance in the bias"):
+        model(tokens(2, 3), attention_mask=mask, past_key_values=cache)
+    assert cache.get_seq_length() == 12
+    assert model(tokens(2, 3), past_key_values=cache).past_key_values.get_seq_length() == 15
 
 
 def test_a_window_survives_copies_files_beams_and_says_what_it_cannot_forget(tmp_path):
