@@ -47,12 +47,13 @@ def _check(model: Any) -> None:
             f"{name} is no model. Expected a causal decoder such as AutoModelForCausalLM.from_pretrained(...), or an nn.Module "
             "that takes its past keys and values and returns them grown."
         )
-    if model.training:
-        raise UnsupportedModel(f"{name} is in training mode; compression is for inference. Call model.eval() first.")
     if not is_transformers(model):
         inner = next((part for part in model.modules() if is_transformers(part)), None)
         if inner is not None:
             raise UnsupportedModel(f"{name} holds a transformers model; give kvfx.compile that {type(inner).__name__} itself.")
+    if model.training:
+        raise UnsupportedModel(f"{name} is in training mode; compression is for inference. Call model.eval() first.")
+    if not is_transformers(model):
         return
     if model.config.is_encoder_decoder or not model.can_generate():
         raise UnsupportedModel(

@@ -84,7 +84,7 @@ def capture(model, ids: Tensor, mask: Tensor | None = None) -> tuple[list[Taps],
     positions = None if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
     with recording(model) as recorder:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    outputs = [layer.self_attn.o_proj.weight for layer in model.model.layers]
+    outputs = [layer.self_attn.o_proj.weight.detach() for layer in model.model.layers]
     read = zip(recorder.layers, recorder.before_rope, outputs, strict=True)
     return [Taps(*roped, *before, output) for roped, before, output in read], logits
 

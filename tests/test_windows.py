@@ -180,3 +180,17 @@ def test_a_model_of_windows_alone_is_told_that_nothing_is_compressed():
     with pytest.warns(UserWarning, match=r"no cache layer of MistralForCausalLM is compressed: all hold sliding windows, of \[8\]"):
         cache = model.compress(tokens(1, 20))
     assert [layer.slots for layer in cache.layers] == [WINDOW - 1] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_inductor_keeps_and_says_what_the_eager_backend_does():
+    context, logits, caches = tokens(1, 30), {}, {}
+    for backend in ("eager", "inductor"):
+        model = kvfx.compile(mixed(), "compactor:0.5", backend=backend, on_refuse="error")
+        caches[backend] = cache = model.compress(context)
+        steps = [model(tokens(1, new, seed=new), past_key_values=cache).logits for new in (1, 3, 1)]
+        logits[backend] = torch.cat(steps, 1)
+    for ours, theirs in zip(caches["inductor"].layers, caches["eager"].layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+    torch.testing.assert_close(logits["inductor"], logits["eager"])
