@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import test_windows
 from kvfx import passes
 from kvfx.kernels import OPS
 from kvfx.passes.graph import aten, call
@@ -114,6 +115,16 @@ EXPECTED_FAULTS: dict[str, Fault] = {
 }
 
 
+# What only a step behind an eviction reads, in a model with a window.
+SLOT_FAULTS: dict[str, Fault] = {
+    "slots get the column before theirs": change_op(
+        "slot_mask", lambda f, mask, keys, new, prefix, start, seen, *rest: f(mask, keys, new, prefix, start, seen + 1, *rest)
+    ),
+    "everything is visible": change_op("slot_mask", lambda f, *rest: f(*rest) | True),
+    "new tokens come first": change_op("slot_mask", lambda f, *rest: f(*rest).roll(1, 3)),
+}
+
+
 @pytest.mark.parametrize("case", [CASE, EXPECTED], ids=["compactor", "expected attention"])
 def test_the_check_passes_without_a_fault(case):
     check(case)
@@ -124,6 +135,17 @@ def test_a_planted_fault_of_expected_attention_is_caught(fault, monkeypatch):
     EXPECTED_FAULTS[fault](monkeypatch)
     with pytest.raises((AssertionError, IndexError)):
         check(EXPECTED)
+
+
+@pytest.mark.parametrize("fault", SLOT_FAULTS)
+def test_a_planted_fault_behind_an_eviction_is_caught(fault, monkeypatch):
+    SLOT_FAULTS[fault](monkeypatch)
+    test_windows.forget_models()
+    try:
+        with pytest.raises(AssertionError):
+            test_windows.test_decoding_after_an_eviction_hides_what_was_evicted_and_nothing_else()
+    finally:
+        test_windows.forget_models()
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -47,6 +47,13 @@ def compiled(policy: str) -> Any:
     return kvfx.compile(mixed(), policy, backend="eager", on_refuse="error")
 
 
+def forget_models() -> None:
+    """Let the next test trace anew."""
+    mixed.cache_clear()
+    compiled.cache_clear()
+    torch._dynamo.reset()
+
+
 def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
