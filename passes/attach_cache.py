@@ -58,12 +58,14 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
     new_key, new_value = peel(key), peel(value)
     site.cache = "new"
     if is_call(new_key[0], aten.cat.default) and is_call(new_value[0], aten.cat.default):
-        (read, new_key), (values_read, new_value) = _halves(*new_key, 0), _halves(*new_value, 1)
+        read, fresh_key = _halves(*new_key, 0)
+        values_read, fresh_value = _halves(*new_value, 1)
         if read is not values_read:
             raise Refuse(f"the keys and values that attention reads come from different layers: `{read}`, `{values_read}`", key)
         site.cache, site.layer = "cat", inputs(read)[6]
         with attention.graph.inserting_before(attention):
-            site.nodes |= {"read": read, "key": ordered(*new_key), "value": ordered(*new_value)}
+            site.nodes |= {"read": read, "key": ordered(*fresh_key), "value": ordered(*fresh_value)}
+        new_key, new_value = peel(site.nodes["key"]), peel(site.nodes["value"])
     if new_key in windows:
         site.layer, site.window = windows[new_key]
         return
@@ -83,16 +85,16 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
 
 
 def _halves(cat: fx.Node, order: Order, output: int) -> tuple[fx.Node, Key]:
-    """The `cache_read` and the new tensor that `cat`, its axes in `order`, joins along the axis of tokens."""
+    """The `cache_read` and the new tensor, not peeled, that `cat`, its axes in `order`, joins along the axis of tokens."""
     tensors, axis = (*inputs(cat), 0)[:2]
     if len(tensors) != 2 or order.index(axis % len(order)) != 2:
         raise Refuse(f"`{cat.name}` joins {len(tensors)} tensors along axis {axis}, expected past and new tokens", cat)
-    (past, past_order), (new, new_order) = (peel(tensor) for tensor in tensors)
+    past, past_order = peel(tensors[0])
     if not is_call(past, operator.getitem) or not is_call(past.args[0], READ) or inputs(past)[1] != output:
         raise Refuse(f"keys or values are joined to `{past.name}`, which is not what the cache holds of them", cat)
     if not is_straight(tuple(past_order[axis] for axis in order)):
         raise Refuse(f"`{cat.name}` joins the slots held in another order of axes than [B, Hkv, T, D]", cat)
-    return inputs(past)[0], (new, tuple(new_order[axis] for axis in order))
+    return inputs(past)[0], (tensors[1], order)
 
 
 def _tap(site: Site, plan: Plan, rotations: list[FutureRotation]) -> None:

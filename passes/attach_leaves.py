@@ -96,8 +96,7 @@ def _past(key: fx.Node) -> fx.Node | None:
 def _grown(graph: fx.Graph, read: fx.Node, joined: fx.Node, output: int) -> fx.Node:
     """The slots held with the new ones of `joined` behind them."""
     cat, order = peel(joined)
-    new, new_order = peel(inputs(cat)[0][-1])
-    return call(graph, aten.cat.default, [inputs(read)[output], ordered(new, tuple(new_order[axis] for axis in order))], 2)
+    return call(graph, aten.cat.default, [inputs(read)[output], ordered(inputs(cat)[0][-1], order)], 2)
 
 
 def _role(graph: fx.Graph, role: Role) -> fx.Node:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kvfx.passes.axes import peel
 from kvfx.passes.cache_read import READ
 from kvfx.passes.graph import aten, call, inputs, is_call, replace_outputs, val
 from kvfx.passes.plan import Plan
@@ -83,9 +84,14 @@ def _erase_unused(node: fx.Node) -> None:
 def _joined(past: fx.Node, new: fx.Node, attention: fx.Node) -> fx.Node:
     """Slots and new ones behind them, as the cache joins them if it does."""
     for user in past.users:
-        if is_call(user, aten.cat.default) and inputs(user) == [[past, new], 2] and user < attention:
+        if is_call(user, aten.cat.default) and user < attention and _joins(user, past, new):
             return user
     return call(attention.graph, aten.cat.default, [past, new], 2)
+
+
+def _joins(cat: fx.Node, past: fx.Node, new: fx.Node) -> bool:
+    tensors, axis = (*inputs(cat), 0)[:2]
+    return axis == 2 and len(tensors) == 2 and tensors[0] is past and peel(tensors[1]) == peel(new)
 
 
 def _four_axes(mask: Any) -> fx.Node:

@@ -19,6 +19,7 @@ import kvfx
 import models_page
 import reference
 import zoo_reference
+from kvfx import passes
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.capture import pytree
 from kvfx.passes.plan import Plan
@@ -502,3 +503,19 @@ def test_what_was_written_is_read_back_as_it_is_then(function):
     assert torch.equal(module(buffer.clone(), new), function(buffer.clone(), new.clone()))
     through_buffer = any(str(node.args[0]).startswith("slice") for node in reads)
     assert through_buffer == (function is not written_and_read)
+
+
+@pytest.mark.parametrize("name", ["nanoGPT", "einsum", "preallocated"])
+def test_a_decode_step_joins_slots_and_new_ones_once(name):
+    model, graphs = kvfx.compile(make(name), "knorm:0.5", backend="eager"), []
+    with pytest.MonkeyPatch.context() as patch:
+        run = passes.run
+        patch.setattr(passes, "run", lambda module, plan: (run(module, plan), graphs.append(module))[0])
+        logits, cache = PLAIN[name].run(model, tokens())
+        PLAIN[name].run(model, logits[:, -1:].argmax(-1), cache)
+    held = {node for node in graphs[-1].graph.find_nodes(op="placeholder") if "past" in node.meta["source"]}
+    joins = [
+        node for node in graphs[-1].graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+        if node.args[0][0] in held
+    ]  # fmt: skip
+    assert len(joins) == 2 * len(cache.layers)
