@@ -22,6 +22,7 @@ class Rule:
         pattern: what must stand above the anchor.
         guard: raises `Refuse` where the pattern fits and the meaning does not.
         rewrite: puts `kvfx::attention` in place of the match and describes the site.
+        source: module and line of the pattern, which stands in the file of its guard.
     """
 
     name: str
@@ -32,5 +33,6 @@ class Rule:
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        line = inspect.getsourcelines(self.guard)[1]
+        lines, _ = inspect.findsource(self.guard)
+        line = next((number for number, text in enumerate(lines, 1) if text.startswith("PATTERN = ")), 1)
         object.__setattr__(self, "source", f"{self.guard.__module__}:{line}")

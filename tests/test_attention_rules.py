@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graphs import computed, readable
 from kvfx.passes import capture
+from kvfx.passes.attention import ATTENTION_RULES
 from kvfx.passes.find_attention import find_attention
 from kvfx.passes.graph import aten, is_call, val
 from kvfx.passes.lower import lower
@@ -508,3 +511,9 @@ def test_sdpa_decomposed_to_math_is_one_site_only():
         attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
         module = make_fx(attend, pre_dispatch=True, tracing_mode="fake")(*(torch.randn(B, HQ, S, D) for _ in range(3)))
     assert [site.rule for site in found(module).sites] == ["sdpa"]
+
+
+@pytest.mark.parametrize("rule", ATTENTION_RULES, ids=lambda rule: rule.name)
+def test_a_rule_says_where_its_pattern_stands(rule):
+    module, line = rule.source.split(":")
+    assert inspect.getsource(sys.modules[module]).splitlines()[int(line) - 1].startswith("PATTERN = ")
