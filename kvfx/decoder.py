@@ -79,6 +79,7 @@ class CompressedDecoder(nn.Module):
 
     def __init__(self, base: nn.Module, policy: Policy, plan: Plan, engine: Engine, on_refuse: str) -> None:
         super().__init__()
+        tree.learn_optree()
         self.base = base
         self._kvfx = DecoderRunner(base, policy, plan, engine, on_refuse)
         self.training = False
@@ -230,7 +231,7 @@ class DecoderRunner:
             raise UnsupportedModel(
                 f"{name} returns no keys and values that an attention reads, so there is no cache to compress. Expected a decoder "
                 "that returns its past, [B, heads, tokens, channels] in any order, in tuples, lists, dicts, named tuples, "
-                "dataclasses or classes registered with torch.utils._pytree."
+                "dataclasses or classes registered with torch's or optree's trees."
             )
         if past is not None:
             known = {tuple(role) for role in roles if role is not None and role.kind != "other"}

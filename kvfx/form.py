@@ -151,7 +151,7 @@ def _spec_of_data(data: Any) -> Spec:
             f"the cache was made by a decoder that keeps its past in {data['type']}, a {data['kind']}, which is not "
             "there. Import the module that defines it first."
         )
-    keys = data["keys"] if data["kind"] == "registered" else tuple(data["keys"])
+    keys = data["keys"] if data["kind"] in ("registered", "optree") else tuple(data["keys"])
     return Spec(data["kind"], found, keys, children)
 
 

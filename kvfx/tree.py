@@ -1,4 +1,4 @@
-"""Trees of a user's own making: tuples, lists, dicts, named tuples, dataclasses, and classes registered as torch pytree nodes.
+"""Trees of a user's own making: tuples, lists, dicts, named tuples, dataclasses, and classes registered with torch or optree.
 
 One walk serves outside a trace and, traced by Dynamo, inside it. What is none of these is a leaf.
 """
@@ -6,20 +6,21 @@ One walk serves outside a trace and, traced by Dynamo, inside it. What is none o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kvfx.cache import Cache
 from kvfx.passes.capture import pytree
+from kvfx.pytree import optree
 
 
 class Spec(NamedTuple):
     """The shape of a tree without its leaves.
 
     Attributes:
-        kind: "leaf", "tuple", "list", "dict", "namedtuple", "dataclass" or "registered".
+        kind: "leaf", "tuple", "list", "dict", "namedtuple", "dataclass", "registered" (with torch) or "optree".
         type: the node's class; None for a leaf.
         keys: keys of a dict, fields of a dataclass, or the context of a registered class.
         children: one Spec per child.
@@ -29,6 +30,19 @@ class Spec(NamedTuple):
     type: Any
     keys: Any
     children: tuple[Spec, ...]
+
+
+Flatten, Unflatten = Callable[[Any], tuple[Any, ...]], Callable[[Any, Any], Any]
+# How to take nodes of optree's own classes apart and put them together; a plain dict, which Dynamo can look into.
+OPTREE: dict[type, tuple[Flatten, Unflatten]] = {}
+
+
+def learn_optree() -> None:
+    """Note the classes that are registered with optree by now, in its global namespace."""
+    if optree is not None:
+        for cls, entry in optree.register_pytree_node.get().items():
+            if entry.kind == optree.PyTreeKind.CUSTOM and cls not in pytree.SUPPORTED_NODES:
+                OPTREE[cls] = entry.flatten_func, entry.unflatten_func
 
 
 LEAF = Spec("leaf", None, (), ())
@@ -47,6 +61,9 @@ def open_node(node: Any) -> tuple[str, Any, list[Any]] | None:
     if type(node) in pytree.SUPPORTED_NODES:
         children, context = pytree.SUPPORTED_NODES[type(node)].flatten_fn(node)
         return "registered", context, list(children)
+    if type(node) in OPTREE:
+        children, context = OPTREE[type(node)][0](node)[:2]
+        return "optree", context, list(children)
     if hasattr(type(node), "__dataclass_fields__") and not isinstance(node, type):
         names = tuple(field.name for field in dataclasses.fields(node))
         return "dataclass", names, [getattr(node, name) for name in names]
@@ -65,6 +82,8 @@ def close_node(kind: str, cls: Any, keys: Any, children: list[Any]) -> Any:
         return cls(*children)
     if kind == "registered":
         return pytree.SUPPORTED_NODES[cls].unflatten_fn(children, keys)
+    if kind == "optree":
+        return OPTREE[cls][1](keys, children)
     return cls(**dict(zip(keys, children, strict=True)))
 
 
@@ -77,6 +96,8 @@ def is_node_type(cls: Any, kind: str) -> bool:
         return isinstance(cls, type) and issubclass(cls, tuple) and hasattr(cls, "_fields")
     if kind == "registered":
         return cls in pytree.SUPPORTED_NODES
+    if kind == "optree":
+        return cls in OPTREE
     return kind == "dataclass" and isinstance(cls, type) and dataclasses.is_dataclass(cls)
 
 

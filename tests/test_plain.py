@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,19 +284,36 @@ class Pair:
 pytree.register_pytree_node(Pair, lambda pair: ([pair.layers, pair.version], None), lambda children, _: Pair(*children))
 
 
+class OptreePair(Pair):
+    """The same, registered with optree alone."""
+
+
+optree.register_pytree_node(
+    OptreePair,
+    lambda pair: ([pair.layers, pair.version], None),
+    lambda _, children: OptreePair(*children),
+    namespace=optree.registry.__GLOBAL_NAMESPACE,
+)
+
+
 class Registered(Flat):
-    layers = 1
+    layers, pair = 1, Pair
 
     def forward(self, tokens: Tensor, past: Any = None) -> Any:
         if past is not None:
             assert past["past"].version == PROMPT
             past = tuple(past["past"].layers)
         logits, held = super().forward(tokens, past)
-        return OrderedDict(out=(logits, {"past": Pair(list(held), PROMPT)}))
+        return OrderedDict(out=(logits, {"past": self.pair(list(held), PROMPT)}))
 
 
-def test_a_registered_class_in_the_depths_of_the_output_is_found_and_its_number_stays_what_it_is():
-    models = (kvfx.compile(Registered().eval(), "knorm:1.0", backend="eager", on_refuse="error"), Registered().eval().double())
+class RegisteredWithOptree(Registered):
+    pair = OptreePair
+
+
+@pytest.mark.parametrize("decoder", [Registered, RegisteredWithOptree])
+def test_a_registered_class_in_the_depths_of_the_output_is_found_and_its_number_stays_what_it_is(decoder):
+    models = (kvfx.compile(decoder().eval(), "knorm:1.0", backend="eager", on_refuse="error"), decoder().eval().double())
     models[1].load_state_dict(models[0].base.state_dict())
     logits = []
     with torch.no_grad():
