@@ -32,7 +32,8 @@ class Spec(NamedTuple):
     children: tuple[Spec, ...]
 
 
-Flatten, Unflatten = Callable[[Any], tuple[Any, ...]], Callable[[Any, Any], Any]
+Flatten = Callable[[Any], tuple[Any, ...]]
+Unflatten = Callable[[Any, Any], Any]
 # How to take nodes of optree's own classes apart and put them together; a plain dict, which Dynamo can look into.
 OPTREE: dict[type, tuple[Flatten, Unflatten]] = {}
 
