@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
+from kvfx.passes.attention.logits import is_head_bias
 from kvfx.passes.graph import aten, call, call_alike, constant, inputs, replace, schema_of, val
 from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, Splice, ZScore
 from kvfx.passes.report import Report, Site
@@ -107,8 +108,7 @@ class _Builder:
     def unseen(self) -> tuple[str, ...]:
         """What attention does to its logits besides scaling and masking them."""
         mask, softcap, sinks = self.attention[3], *self.attention[7:9]
-        is_bias = mask is not None and val(mask).is_floating_point() and val(mask).dim() > 2 and val(mask).shape[-3] != 1
-        changes = {"soft cap": softcap is not None, "sinks": sinks is not None, "bias per head": is_bias}
+        changes = {"soft cap": softcap is not None, "sinks": sinks is not None, "bias per head": is_head_bias(mask)}
         return tuple(name for name, there in changes.items() if there)
 
     def log_sum_exp(self) -> fx.Node | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from kvfx.passes.attention.logits import is_head_bias
 from kvfx.passes.axes import peel
 from kvfx.passes.cache_read import READ
 from kvfx.passes.graph import aten, call, inputs, is_call, replace_outputs, val
@@ -25,8 +26,9 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         if "read" not in site.nodes:
             continue
         try:
+            # Before its columns are taken for each head.
+            report.counts_columns |= is_head_bias(inputs(site.nodes["attention"])[3])
             _swap(site)
-            report.counts_columns |= _differs_by_head(inputs(site.nodes["attention"])[3])
         except Refuse as refuse:
             site.refusal = refuse.reason
     for read in module.graph.find_nodes(op="call_function", target=READ):
@@ -44,10 +46,6 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         )
     if stranded:
         raise Stranded(stranded)
-
-
-def _differs_by_head(mask: fx.Node | None) -> bool:
-    return mask is not None and val(mask).is_floating_point() and val(mask).shape[1] != 1
 
 
 def _swap(site: Site) -> None:

@@ -6,6 +6,7 @@ With the caches of transformers, seven of these situations are silently wrong an
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,12 @@ def two_turns() -> list[int]:
     return ask(torch.cat([first, FIVE], 1), cache)
 
 
+@functools.cache
+def compiled_eager() -> Any:
+    """Whose masks are added, not looked up."""
+    return kvfx.compile(eager_llama(), "none", backend="eager")
+
+
 def padded_questions(held: Held, model: Any) -> list[list[int]]:
     """Two rows on one context; the second asks only the last three tokens of the question, behind padding."""
     ids = torch.cat([full(FIVE), full(FIVE)])
@@ -182,6 +189,7 @@ RIGHT: dict[str, Callable[[], tuple[Any, Any]]] = {
     "G3 heads differ": lambda: (P.then(FIVE), ask(full(FIVE), P.cache())),
     "G3 heads differ, stock": lambda: (P.then(FIVE), ask(full(FIVE), P.cache(), llama())),
     "G4 padded questions": lambda: ([B.then(FIVE), B.then(FIVE[:, 2:])], padded_questions(B, compiled())),
+    "G4 padded questions, eager": lambda: ([B.then(FIVE), B.then(FIVE[:, 2:])], padded_questions(B, compiled_eager())),
     "G5 padded questions, stock": lambda: ([B.then(FIVE), B.then(FIVE[:, 2:])], padded_questions(B, llama())),
     "G6 lengths differ, padded": lambda: ([D.then(FIVE), D.then(FIVE[:, 2:])], padded_questions(D, compiled())),
     "G7 lengths differ, full ids": lambda: (D.then(ONE), ask(full(ONE), D.cache())),

@@ -80,6 +80,11 @@ def differs_by_head(bias: fx.Node) -> bool:
     return len(shape) >= 3 and shape[-3] != "1"
 
 
+def is_head_bias(mask: fx.Node | None) -> bool:
+    """Whether a mask of the waist adds something of its own to each head, such as ALiBi, and does not only hide."""
+    return mask is not None and val(mask).is_floating_point() and differs_by_head(mask)
+
+
 def _is_row_maximum(node: Any, of: Any) -> bool:
     if is_call(node, aten.amax.default):
         return inputs(node)[0] is of and inputs(node)[2:] == [True]
