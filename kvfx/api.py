@@ -100,7 +100,7 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
         InputError: a model that is not compiled was given without a policy.
         UnsupportedModel: the model is no decoder, or cannot be traced as one graph.
 
-    Cost: none for a model that has run; else one trace, about half a second for each layer.
+    Cost: none for a model that has run; else one trace, whose time grows with the layers.
     """
     runner = getattr(model, "_kvfx", None)
     if policy is None:

@@ -134,16 +134,6 @@ class Report:
         refused = [f"{site.name} ({site.rule}): {site.refusal}" for site in self.sites if site.refusal]
         return refused + [str(refusal) for refusal in self.refusals]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON-ready data."""
-        return {
-            "coverage": self.coverage,
-            "sites": [site.as_dict() for site in self.sites],
-            "refusals": [asdict(refusal) for refusal in self.refusals],
-            "leftovers": self.leftovers,
-            "seconds": self.seconds,
-        }
-
     def forget_nodes(self) -> None:
         """Let go of the graph."""
         for site in self.sites:

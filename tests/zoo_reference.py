@@ -43,6 +43,13 @@ class Read:
     output: Tensor | None = None
 
 
+def letters(equation: str, side: int) -> tuple[str, str, str, str]:
+    """Of an einsum of two operands: the letters of one `side`, of the other, of the result, and the one that is summed."""
+    sides, result = equation.replace(" ", "").split("->")
+    labels, others = sides.split(",")[side], sides.split(",")[1 - side]
+    return labels, others, result, next(label for label in labels if label in others and label not in result)
+
+
 @dataclass
 class Watch(TorchFunctionMode):
     """Records what attention reads, layer after layer; or hides slots from it.
@@ -124,26 +131,20 @@ class Watch(TorchFunctionMode):
     def first(self, name: str, args: Any, kwargs: Any) -> tuple[Tensor, bool]:
         """The left operand of a product, `[B, H, rows, columns]`."""
         if name == "einsum":
-            equation, left, _ = args
-            sides, result = equation.replace(" ", "").split("->")
-            labels, others = sides.split(",")
-            summed = next(label for label in labels if label in others and label not in result)
+            labels, _, result, summed = letters(args[0], 0)
             order = [label for label in result[:-2] if label in labels] + [result[-2], summed]
-            return self.split(left.permute([labels.index(label) for label in order])), True
+            return self.split(args[1].permute([labels.index(label) for label in order])), True
         left = kwargs.get("batch1", args[1] if len(args) > 1 else None) if name == "baddbmm" else args[0]
         return self.split(left), True
 
     def second(self, name: str, args: Any, kwargs: Any) -> tuple[Tensor, bool]:
         """The right operand of a product, `[B, H, summed, columns]`; of einsum `[B, H, slots, channels]`."""
         if name == "einsum":
-            equation, _, right = args
-            sides, result = equation.replace(" ", "").split("->")
-            others, labels = sides.split(",")
-            summed = next(label for label in labels if label in others and label not in result)
+            labels, others, result, summed = letters(args[0], 1)
             inner = next(label for label in labels if label in result and label not in others)
             slots, channels = (inner, summed) if self.waiting is None else (summed, inner)
             order = [label for label in (result[:-2] if self.waiting is None else others) if label in labels and label != slots]
-            return self.split(right.permute([labels.index(label) for label in (*order, slots, channels)])), True
+            return self.split(args[2].permute([labels.index(label) for label in (*order, slots, channels)])), True
         right = kwargs.get("batch2", args[2] if len(args) > 2 else None) if name == "baddbmm" else args[1]
         return self.split(right), True
 
