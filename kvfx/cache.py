@@ -7,54 +7,29 @@ are physical, so that no length that the graph depends on is a Python number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from kvfx.cache_layer import CacheLayer, Rows, SlotCache, no_positions
-from kvfx.errors import CacheMismatch
+from kvfx.cache_layer import CacheLayer, Rows, SlotCache
+from kvfx.cache_state import CacheState
+from kvfx.errors import CacheMismatch, InputError
 from kvfx.passes.capture import mark_dynamic
 
 __all__ = ["Cache", "CacheLayer", "SlotCache"]
 
-LAYER_TENSORS = ("keys", "values", "positions")
 STOCK_HINT = "Use the model that kvfx.compile returned."
 
 
-class Cache(transformers.Cache):
-    """The KV cache of a compressed model: a transformers `Cache`, and a pytree for torch and optree.
+class Cache(CacheState):
+    """The KV cache of a compressed model: a transformers `Cache`, and a pytree for torch and optree; layout `dense`, which grows.
 
-    Attributes:
-        layers: one `CacheLayer` per attention layer.
-        policy: canonical text of the policy that evicted, or "none".
-        lengths_seen: real tokens seen per row, `[B]` int64; also the position of each row's next token.
-        has_empty: whether a row may hold empty slots, which stand on its left.
-        croppable: last tokens of which every layer holds a slot in every row, so that `crop` is exact.
-        fingerprint: what identifies the model, or None until the cache is saved or compared.
-        owner: the model that made the cache, or None if only its fingerprint is known.
-        form: how a decoder that is no transformers model keeps its past (see `kvfx.form`), or None.
-        others: the tensors of such a past that are neither keys nor values.
+    What it holds is described at `CacheState`.
     """
 
     layout = "dense"
-    layers: list[CacheLayer]  # type: ignore[assignment]
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.policy = "none"
-        self.lengths_seen: Any = None
-        self.has_empty = False
-        self.croppable = 0
-        self.fingerprint: dict[str, Any] | None = None
-        self.owner: Any = None
-        self.form: Any = None
-        self.others: list[Tensor] = []
-        # What the forwards saw, joined when it is read. None: the ids are not known; no token was padding.
-        self._ids: list[Tensor] | None = []
-        self._real: list[Tensor] | None = None
 
     @classmethod
     def from_layers(
@@ -91,81 +66,6 @@ class Cache(transformers.Cache):
         cache.mark()
         return cache
 
-    @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> Cache:
-        """Put a cache together from what `tensors()` and `about()` returned."""
-        cache = cls()
-        for index, facts in enumerate(about["layers"]):
-            layer = CacheLayer(facts["window"])
-            keys, values, positions = (tensors[f"layers.{index}.{name}"] for name in LAYER_TENSORS)
-            layer.store(keys, values)
-            layer.prefix, layer.next_position, layer.evicted = positions, tensors["lengths_seen"], facts["evicted"]
-            if isinstance(positions, Tensor):  # a pytree may hold anything
-                layer.next_position = layer.next_position.clone()
-                layer.prefix = positions if layer.window is None else no_positions(keys)
-            cache.layers.append(layer)
-        cache.lengths_seen = tensors.get("lengths_seen")
-        cache.policy, cache.croppable, cache.has_empty = about["policy"], about["croppable"], about["has_empty"]
-        cache._ids = [tensors["ids"]] if "ids" in tensors else None if cache.layers else []
-        cache._real = [tensors["real"]] if "real" in tensors else None
-        cache.others = [tensors[name] for name in tensors if name.startswith("others.")]
-        return cache
-
-    def about(self) -> dict[str, Any]:
-        """What is held besides tensors, as plain data."""
-        layers = [{"kind": layer.kind, "evicted": layer.evicted, "window": layer.window} for layer in self.layers]
-        return {"layers": layers, "croppable": self.croppable, "has_empty": self.has_empty, "policy": self.policy}
-
-    # -- what it holds ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def ids(self) -> Tensor | None:
-        """The tokens seen, `[B, logical length]`, padding included; None if they are not known."""
-        if self._ids is None:
-            return None
-        if len(self._ids) > 1:
-            self._ids = [torch.cat(self._ids, 1)]
-        return self._ids[0] if self._ids else None
-
-    @property
-    def real(self) -> Tensor | None:
-        """Which of the tokens seen are no padding, `[B, logical length]` bool; None if all are."""
-        if self._real is not None:
-            self._real = [torch.cat(self._real, 1)]
-        return None if self._real is None else self._real[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that is held, by name: the leaves of the pytree, and what a file stores."""
-        held = {"lengths_seen": self.lengths_seen, "ids": self.ids, "real": self.real}
-        for index, layer in enumerate(self.layers):
-            held |= {f"layers.{index}.{name}": getattr(layer, name) for name in LAYER_TENSORS}
-        held |= {f"others.{index}": tensor for index, tensor in enumerate(self.others)}
-        return {name: tensor for name, tensor in held.items() if tensor is not None}
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all layers hold the same number of slots."""
-        return len({layer.slots for layer in self.layers}) <= 1
-
-    @property
-    def slots_text(self) -> str:
-        """How many slots the layers hold, for messages."""
-        return f"layers hold {[layer.slots for layer in self.layers]} slots"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the distinct storages that this cache keeps alive."""
-        held = [self.lengths_seen, *(self._ids or []), *(self._real or []), *self.others]
-        for layer in self.layers:
-            held += [layer.keys, layer.values, layer.prefix, layer.next_position]
-        storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
-        return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
-
-    @property
-    def batch_size(self) -> int:
-        """Rows; -1 while nothing is held."""
-        return -1 if self.lengths_seen is None else self.lengths_seen.shape[0]
-
     # -- as a stock model uses it ----------------------------------------------------------------------------------------------
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -200,20 +100,43 @@ class Cache(transformers.Cache):
     def copy(self) -> Cache:
         """A cache that goes its own way from here. Cheap: held slots are shared until one of the two grows."""
         other = Cache()
-        other.__dict__.update(self.__dict__)
+        other._inherit(self)
+        other.lengths_seen = self.lengths_seen
         other.layers = [layer.copy() for layer in self.layers]
-        other._ids = None if self._ids is None else list(self._ids)
-        other._real = None if self._real is None else list(self._real)
         return other
 
     def reset(self) -> None:
         """Forget everything."""
         self.__init__()  # type: ignore[misc]
 
-    def to(self, layout: str) -> Cache:
-        """This cache in another layout. Only `dense` exists so far."""
-        if layout != self.layout:
-            raise NotImplementedError(f"layout {layout!r} is not built; known: ['dense']")
+    def to(self, layout: str, capacity: int | None = None, tokens: int | None = None) -> Cache:
+        """This cache in another layout; itself where it has that already.
+
+        Args:
+            layout: "dense", which grows, or "static", of fixed capacity.
+            capacity: slots that each row of a static cache has room for.
+            tokens: the longest text that a static cache may see, see `StaticCache`.
+
+        Raises:
+            PoolExhausted: the slots held do not fit.
+            InputError: there is no such layout, or a static one was not given its room.
+        """
+        if layout not in ("dense", "static"):
+            raise InputError(f"unknown layout {layout!r}; known: ['dense', 'static']")
+        if layout == "dense":
+            return self.to_dense()
+        if capacity is None or tokens is None:
+            raise InputError("to('static') needs capacity=, the slots to make room for, and tokens=, the longest text")
+        from kvfx.layouts import fill_static  # both know Cache
+        from kvfx.static_cache import StaticCache
+
+        cache, dense = StaticCache(capacity, tokens), self.to_dense()
+        if not dense.is_empty:
+            fill_static(cache, dense)
+        return cache
+
+    def to_dense(self) -> Cache:
+        """The same slots in a cache that grows."""
         return self
 
     def map_rows(self, rows: Rows) -> None:
@@ -228,7 +151,7 @@ class Cache(transformers.Cache):
         for layer in self.layers:
             layer.map_rows(rows)
         ids, real = self.ids, self.real
-        self.lengths_seen = rows(self.lengths_seen)
+        self._set_seen(rows(self.lengths_seen))
         self._ids = None if ids is None else [rows(ids)]
         self._real = None if real is None else [rows(real)]
         self.mark()
@@ -264,7 +187,7 @@ class Cache(transformers.Cache):
         if -tokens_to_remove == self.get_seq_length():
             return self.reset()
         ids, real = self.ids, self.real
-        self.lengths_seen = self.lengths_seen + tokens_to_remove
+        self._set_seen(self.lengths_seen + tokens_to_remove)
         self.croppable += tokens_to_remove
         for layer in self.layers:
             layer.cut(-tokens_to_remove, self.lengths_seen)
@@ -276,6 +199,9 @@ class Cache(transformers.Cache):
         if self.others:
             shapes = [tuple(tensor.shape) for tensor in self.others]
             raise CacheMismatch(f"{what}: beside keys and values this cache holds a decoder's own tensors of shapes {shapes}")
+
+    def _set_seen(self, seen: Tensor) -> None:
+        self.lengths_seen = seen
 
     def mark(self) -> None:
         """Let the number of slots and rows vary without a new graph. Once, on tensors that no graph has made."""

@@ -31,14 +31,16 @@ def save_cache(cache: Cache, path: str | Path) -> None:
     Raises:
         ArtifactError: the cache holds nothing yet, or the file cannot be written.
     """
-    if not cache.layers:
+    if cache.is_empty:
         raise ArtifactError(f"nothing to save to {path}: the cache is empty. Fill it by model.compress(ids) first")
-    held = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in cache.tensors().items()}
+    room = {"layout": cache.layout, "capacity": getattr(cache, "capacity", None), "tokens": getattr(cache, "tokens", None)}
     if cache.fingerprint is None and cache.owner is not None:
         cache.fingerprint = cache.owner.fingerprint()
+    cache = cache.to_dense()  # without room that is not filled
+    held = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in cache.tensors().items()}
     about = {
         "format": FORMAT,
-        "layout": cache.layout,
+        **room,
         **cache.about(),
         "form": None if cache.form is None else cache.form.as_data(),
         "store": {"dtype": str(cache.layers[0].keys.dtype).removeprefix("torch."), "scales": None},
@@ -50,7 +52,7 @@ def save_cache(cache: Cache, path: str | Path) -> None:
 
 
 def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
-    """Read a cache that `Cache.save` wrote.
+    """Read a cache that `Cache.save` wrote, in the layout that it had.
 
     Whether it fits a model is checked when it is first given to one.
 
@@ -68,7 +70,7 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
     if about.get("form") is not None:
         cache.form = Form.of_data(about["form"])
     cache.mark()
-    return cache
+    return cache if about["layout"] == "dense" else cache.to(about["layout"], about["capacity"], about["tokens"])
 
 
 def _open(data: bytes, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

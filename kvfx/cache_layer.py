@@ -76,6 +76,10 @@ class CacheLayer(DynamicLayer):
             self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
+    def state(self) -> dict[str, Tensor]:
+        """The tensors by name: what a file stores."""
+        return {"keys": self.keys, "values": self.values, "positions": self.positions}
+
     @property
     def slots(self) -> int:
         """Physical length."""
@@ -193,10 +197,11 @@ class SlotCache(transformers.Cache):
         whole: layers that hold all tokens seen and are not to be touched.
         seen: real tokens seen per row, `[B]`; set inside the graph, like the next two.
         positions: of the new tokens, `[B, S]` int32, -1 for padding.
-        padded: whether some of them are padding.
+        valid: which of them are real, `[B, S]`, or None if all are.
     """
 
     layers: list[CacheLayer]  # type: ignore[assignment]
+    is_compileable = False
 
     def __init__(
         self,
@@ -213,7 +218,7 @@ class SlotCache(transformers.Cache):
         self.empty, self.whole = empty, whole
         self.seen: Any = None
         self.positions: Tensor | None = None
-        self.padded = False
+        self.valid: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values; what attention shall read: everything seen."""
@@ -232,7 +237,7 @@ class SlotCache(transformers.Cache):
             key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
             stored_key = torch.cat([layer.keys, stored_key], 2)
             stored_value = torch.cat([layer.values, stored_value], 2)
-        if layer.window is not None and not self.padded:
+        if layer.window is not None and self.valid is None:
             stored_key, stored_value = stored_key[:, :, 1 - layer.window :], stored_value[:, :, 1 - layer.window :]
         # Own memory, because a view would keep all of it alive, and one layout, because another would be a new graph.
         stored_key, stored_value = stored_key.contiguous(), stored_value.contiguous()
@@ -244,6 +249,18 @@ class SlotCache(transformers.Cache):
         return torch.ops.kvfx.cache_read(
             layer.keys, layer.values, layer.prefix, start, self.seen, self.length, index, self.empty, index in self.whole
         )
+
+    def token_mask(self, seen: Tensor, valid: Tensor | None, length: int) -> Tensor | None:
+        """Which tokens are real, of all seen and `length` new ones, `[B, tokens]`; None if no padding need be known of."""
+        held = self.get_seq_length()
+        if not held or (valid is None and not self.empty):
+            return valid
+        past = torch.arange(held, device=seen.device) >= held - seen[:, None]  # padding stands on the left, in all of a row's past
+        new = valid if valid is not None else torch.ones(seen.shape[0], length, dtype=torch.bool, device=seen.device)
+        return torch.cat([past, new], -1)
+
+    def end(self, seen: Tensor) -> None:
+        """The forward is over; rows have seen `seen` real tokens, which it returns."""
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens seen."""

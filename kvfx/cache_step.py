@@ -14,7 +14,12 @@ from kvfx.errors import CacheMismatch
 def took(cache: Cache, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, held: Sequence[int]) -> None:
     """Account for a forward over `length` new tokens, after its graph stored them in the layers, which held `held` slots."""
     all_held = [layer.take(length, slots, cache.lengths_seen, seen, valid) for layer, slots in zip(cache.layers, held, strict=True)]
-    cache.lengths_seen, whole = seen, all(all_held)
+    cache.lengths_seen = seen
+    note(cache, ids, valid, length, all(all_held))
+
+
+def note(cache: Cache, ids: Tensor | None, valid: Tensor | None, length: int, whole: bool) -> None:
+    """Note what `length` new tokens were; `whole` says that all layers hold all of them."""
     if cache._ids is not None:
         cache._ids = None if ids is None else [*cache._ids, ids]
     if valid is None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from kvfx import passes
+from kvfx import hf, passes
 from kvfx.cache import SlotCache
 from kvfx.errors import KvfxError, SiteRefused, UnsupportedModel
 from kvfx.passes import capture
@@ -48,8 +48,8 @@ def step(
     Returns:
         The model's output, and the real tokens seen after it.
     """
-    batch, length = next(iter(tokens.values())).shape[:2]
-    slots.seen, slots.padded = seen, valid is not None
+    length = next(iter(tokens.values())).shape[1]
+    slots.seen, slots.valid = seen, valid
     if valid is None:
         position_ids = seen[:, None] + torch.arange(length, device=seen.device)
         slots.positions = position_ids.int()
@@ -59,14 +59,11 @@ def step(
         position_ids = index.where(valid, 0)
         slots.positions = index.where(valid, -1).int()
         seen_after = seen + valid.sum(-1)
-    mask, held = valid, slots.get_seq_length()
-    if held and (valid is not None or slots.empty):
-        past = torch.arange(held, device=seen.device) >= held - seen[:, None]  # padding stands on the left, in all of a row's past
-        new = valid if valid is not None else torch.ones(batch, length, dtype=torch.bool, device=seen.device)
-        mask = torch.cat([past, new], -1)
+    mask = slots.token_mask(seen, valid, length)
     if takes_positions:
         options = {**options, "position_ids": position_ids}
     out = model(attention_mask=mask, past_key_values=slots, use_cache=True, **tokens, **options)
+    slots.end(seen_after)
     return out, seen_after
 
 
@@ -77,7 +74,7 @@ class StepKey(NamedTuple):
         phase: "prefill", "extend" or "decode".
         plan: what is evicted.
         on_refuse: what to do about sites that are not understood.
-        uneven: what makes rows or layers differ: counts, valid, empty, layers, whole.
+        uneven: what makes rows or layers differ: counts, valid, empty, layers, whole; and "static" where slots are filled in place.
     """
 
     phase: str
@@ -101,8 +98,15 @@ class Engine:
         self.reports: dict[StepKey, list[Report]] = {}
         self.whole: frozenset[int] = frozenset()
         self.counts_columns = False
+        self._like: list[tuple[Tensor, Tensor]] | None = None
         self._steps: dict[StepKey, Callable[..., Any]] = {}
         self._lock = threading.Lock()
+
+    def slots_like(self, model: Any) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of one token in each layer of the cache, for their shapes and types."""
+        if self._like is None:
+            self._like = hf.one_token(model)
+        return self._like
 
     def run(self, model: nn.Module, phase: str, plan: Plan, on_refuse: str, slots: SlotCache, *inputs: Any) -> tuple[Any, Tensor]:
         """Run one step; compile it if its like has not run before.
@@ -126,6 +130,7 @@ class Engine:
             "empty": slots.empty,
             "layers": len(slots.sizes or ()) > 1,
             "whole": bool(slots.whole),
+            "static": slots.is_compileable,
         }
         key = StepKey(phase, plan, on_refuse, tuple(name for name, there in uneven.items() if there))
         return self.run_step(key, step, model, slots, *inputs)

@@ -7,12 +7,13 @@ import functools
 import inspect
 from typing import Any, TypeGuard
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import output_capturing
 
-from kvfx.errors import UnsupportedModel
+from kvfx.errors import InputError, UnsupportedModel
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -122,6 +123,27 @@ def prepare_outputs(model: transformers.PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, transformers.PreTrainedModel) and getattr(module, "_can_record_outputs", None):
             output_capturing.maybe_install_capturing_hooks(module)
+
+
+def longest_text(model: transformers.PreTrainedModel) -> int:
+    """Tokens of the longest text that the model was made for.
+
+    Raises:
+        InputError: its configuration does not say.
+    """
+    config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        if isinstance(length := getattr(config, name, None), int):
+            return length
+    raise InputError(f"the configuration of {type(model).__name__} does not say how long a text may be: give StaticCache tokens=")
+
+
+def one_token(model: transformers.PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of one token in each layer of the cache, `[1, Hkv, 1, D]`: what their shapes and types are."""
+    cache: Any = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def kv_shape(model: transformers.PreTrainedModel) -> tuple[int, int]:

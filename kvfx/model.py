@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ from kvfx.engine import Engine
 from kvfx.errors import CacheMismatch, InputError, UnsupportedModel
 from kvfx.passes.plan import Plan
 from kvfx.policy import Policy
+from kvfx.quota import Keep, slots_of_prompt
 from kvfx.runner import Runner
+from kvfx.static_cache import StaticCache
 
 
 class CompressedModel:
@@ -65,13 +69,22 @@ class CompressedModel:
         """`generate` of transformers, nothing checked."""
         return super().generate(ids, **options)  # type: ignore[misc]
 
-    def compress(self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None) -> Cache:
+    def compress(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        keep: Keep = None,
+    ) -> Cache:
         """Compress a document once, to ask about it many times.
 
         Args:
             input_ids: the new tokens, `[B, S]`.
             attention_mask: which tokens are real, `[B, tokens seen + S]`; padding is never kept.
-            past_key_values: a cache to go on from; only the new part is compressed, by its own budget and protection.
+            past_key_values: a cache to go on from; only the new part is compressed, by its own budget and protection. Or an empty
+                one to fill, such as a `StaticCache`.
+            keep: the fraction kept, in (0, 1], in place of the policy's: one for all rows, or one for each. No new graph.
 
         Returns:
             The cache; `past_key_values` itself, grown, if it was given.
@@ -81,7 +94,7 @@ class CompressedModel:
         arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
         if "logits_to_keep" in hf.forward_signature(self._kvfx.base).parameters:
             arguments["logits_to_keep"] = 1
-        return self._kvfx.forward(arguments, compress=True).past_key_values
+        return self._kvfx.forward(arguments, compress=True, keep=keep).past_key_values
 
     def train(self, mode: bool = True) -> Any:
         """Only `eval` is possible.
@@ -101,14 +114,21 @@ def generate(model: CompressedModel, ids: Tensor | None, append: bool, options: 
     setting = lambda name: options.get(name, getattr(config, name, None))  # noqa: E731
     if options.get("use_cache", True) is False:
         return model.plain_generate(ids, options)
-    if setting("cache_implementation"):
+    layout = setting("cache_implementation")
+    if layout not in (None, "static"):
         raise InputError(
-            f"cache_implementation={setting('cache_implementation')!r}: the cache is a kvfx.Cache, made by the policy. Leave it out"
+            f"cache_implementation={layout!r}: the cache is a kvfx.Cache, made by the policy. Leave it out, or 'static'"
         )
     if setting("prefill_chunk_size"):
         raise InputError("prefill_chunk_size would compress only the first chunk; call model.compress(part, past_key_values=cache)")
     if ids is None:
         raise InputError("generate needs input ids; for embeddings call the model itself")
+    if layout == "static" and cache is None:
+        cache = _static(model, ids, options, setting)
+    options.pop("cache_implementation", None)
+    if getattr(config, "cache_implementation", None):
+        options["generation_config"] = copy.deepcopy(config)
+        options["generation_config"].cache_implementation = None
     cache = model._kvfx.own(cache)
     skip = 0
     if append:
@@ -118,7 +138,7 @@ def generate(model: CompressedModel, ids: Tensor | None, append: bool, options: 
         # Candidates must come after the eviction, or they could not be cropped again.
         _feed(model, cache, ids, options, ids.shape[1] - 1)
     rows = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-    if rows > 1 and cache.layers:
+    if rows > 1 and not cache.is_empty:
         cache = cache.copy()
         cache.batch_repeat_interleave(rows)
     out = model.plain_generate(ids, {**options, "past_key_values": cache})
@@ -177,6 +197,16 @@ def _check_identity(cache: Cache, ids: Tensor, mask: Tensor | None, append: bool
         )
     if mask is not None and mask.shape[1] != ids.shape[1]:
         raise InputError(f"attention_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} like input_ids")
+
+
+def _static(model: CompressedModel, ids: Tensor, options: dict[str, Any], setting: Callable[[str], Any]) -> StaticCache:
+    """An empty cache with room for what is kept of the prompt and for what will be generated."""
+    prompt, new = ids.shape[1], setting("max_new_tokens")
+    new = max((setting("max_length") or prompt + 20) - prompt, 1) if new is None else new
+    mask = options.get("attention_mask")
+    lengths = [prompt] * ids.shape[0] if mask is None else mask.bool().sum(1).tolist()
+    policy, layers = model._kvfx.policy, len(hf.windows(model._kvfx.base))
+    return StaticCache(max(slots_of_prompt(policy, length, layers) for length in lengths) + new, prompt + new)
 
 
 def _feed(model: CompressedModel, cache: Cache, ids: Tensor, options: dict[str, Any], until: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from kvfx.cache import Cache
 from kvfx.passes.capture import pytree
+from kvfx.static_cache import StaticCache
 
 optree: Any
 try:
@@ -27,16 +29,18 @@ def flatten(cache: Cache) -> tuple[list[Tensor], Node]:
     return list(tensors.values()), (tuple(tensors), about, cache.form, cache.owner, fingerprint)
 
 
-def unflatten(leaves: Iterable[Any], node: Node) -> Cache:
+def unflatten(kind: type[Cache], leaves: Iterable[Any], node: Node) -> Cache:
     """Put a cache together again, of whatever the leaves have become."""
     names, about, form, owner, fingerprint = node
-    cache = Cache.of_tensors(dict(zip(names, leaves, strict=True)), json.loads(about))
+    cache = kind.of_tensors(dict(zip(names, leaves, strict=True)), json.loads(about))
     cache.form, cache.owner, cache.fingerprint = form, owner, json.loads(fingerprint)
     return cache
 
 
-pytree.register_pytree_node(Cache, flatten, unflatten, serialized_type_name="kvfx.Cache")
-if optree is not None:
-    optree.register_pytree_node(
-        Cache, flatten, lambda node, leaves: unflatten(leaves, node), namespace=optree.registry.__GLOBAL_NAMESPACE
-    )
+for kind in (Cache, StaticCache):
+    build = functools.partial(unflatten, kind)
+    pytree.register_pytree_node(kind, flatten, build, serialized_type_name=f"kvfx.{kind.__name__}")
+    if optree is not None:
+        optree.register_pytree_node(
+            kind, flatten, lambda node, leaves, build=build: build(leaves, node), namespace=optree.registry.__GLOBAL_NAMESPACE
+        )

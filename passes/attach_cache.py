@@ -8,6 +8,7 @@ from torch import fx
 
 from kvfx.passes.axes import Order, is_straight, ordered, peel
 from kvfx.passes.cache_read import READ, WINDOW
+from kvfx.passes.cache_static import READ_STATIC
 from kvfx.passes.cache_write import WRITE
 from kvfx.passes.graph import aten, inputs, is_call, replace_outputs
 from kvfx.passes.output_weight import output_weight
@@ -66,6 +67,16 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
         with attention.graph.inserting_before(attention):
             site.nodes |= {"read": read, "key": ordered(*fresh_key), "value": ordered(*fresh_value)}
         new_key, new_value = peel(site.nodes["key"]), peel(site.nodes["value"])
+    elif _is_static(new_key, 0):
+        read = inputs(new_key[0])[0]
+        if not _is_static(new_value, 1) or inputs(new_value[0])[0] is not read:
+            raise Refuse(f"the values `{new_value[0].name}` that attention reads are not those of the cache's keys", value)
+        site.cache, site.layer = "static", inputs(read)[6]
+        site.nodes["read"] = read
+        if inputs(read)[3] is None:
+            return
+        site.nodes |= {"key": inputs(read)[3], "value": inputs(read)[4]}
+        new_key, new_value = peel(site.nodes["key"]), peel(site.nodes["value"])
     if new_key in windows:
         site.layer, site.window = windows[new_key]
         return
@@ -82,6 +93,17 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
         return
     taken[write] = site
     site.nodes |= {"write": write, "key": inputs(write)[0], "value": inputs(write)[1]}
+
+
+def _is_static(key: Key, output: int) -> bool:
+    """Whether a tensor is that output of a `static_read`, its axes in order."""
+    node, order = key
+    return (
+        is_call(node, operator.getitem)
+        and inputs(node)[1] == output
+        and is_call(inputs(node)[0], READ_STATIC)
+        and is_straight(order)
+    )
 
 
 def _halves(cat: fx.Node, order: Order, output: int) -> tuple[fx.Node, Key]:

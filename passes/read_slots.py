@@ -1,4 +1,4 @@
-"""Put the slots held in place of `cache_read`: into attention's keys and values, and their columns into its mask."""
+"""Put the slots held in place of what stands for them: into attention's keys and values, and their columns into its mask."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch import Tensor, fx
 from kvfx.passes.attention.logits import is_head_bias
 from kvfx.passes.axes import peel
 from kvfx.passes.cache_read import READ
-from kvfx.passes.graph import aten, call, inputs, is_call, replace_outputs, val
+from kvfx.passes.cache_static import READ_STATIC
+from kvfx.passes.graph import aten, call, inputs, is_call, replace, replace_outputs, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report, Site, Stranded
+
+LAYER = {READ: 6, READ_STATIC: 6}  # which argument it is
 
 
 def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
@@ -28,16 +31,16 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         try:
             # Before its columns are taken for each head.
             report.counts_columns |= is_head_bias(inputs(site.nodes["attention"])[3])
-            _swap(site)
+            _swap_static(site) if is_call(site.nodes["read"], READ_STATIC) else _swap(site)
         except Refuse as refuse:
             site.refusal = refuse.reason
-    for read in module.graph.find_nodes(op="call_function", target=READ):
+    for read in [node for node in module.graph.nodes if is_call(node, READ, READ_STATIC)]:
         _erase_unused(read)
         if read._erased:
             continue
-        keys, values, *_, layer, _, whole = inputs(read)
-        if whole:
-            replace_outputs(read, [keys, values])
+        layer = inputs(read)[LAYER[read.target]]
+        if read.target is READ and inputs(read)[-1]:
+            replace_outputs(read, inputs(read)[:2])
             continue
         reasons = [site.refusal for site in report.sites if site.refusal and site.layer == layer]
         readers = ", ".join(f"`{user.name}`" for output in read.users for user in output.users)
@@ -65,8 +68,29 @@ def _swap(site: Site) -> None:
         read = [_joined(past, new, attention) for past, new in ((keys, nodes["key"]), (values, nodes["value"]))]
         arguments = [query, *read, columns, *inputs(attention)[4:]]
         swapped = call(graph, torch.ops.kvfx.attention.default, *arguments)
-    attention.replace_all_uses_with(swapped)
-    graph.erase_node(attention)
+    replace(attention, swapped)
+    nodes["attention"] = swapped
+
+
+def _swap_static(site: Site) -> None:
+    nodes, attention = site.nodes, site.nodes["attention"]
+    query, _, _, mask, _, is_causal = inputs(attention)[:6]
+    keys, values, columns, key, value, tokens, _ = inputs(nodes["read"])
+    if is_causal:
+        raise Refuse("attention over a cache is causal by flag, which counts keys from the first one", attention)
+    graph = attention.graph
+    if key is not None:
+        # Where they are read, because what is written in place behind that shall not be seen.
+        with graph.inserting_before(nodes["read"]):
+            keys, values = (call(graph, aten.cat.default, pair, 2) for pair in ([keys, key], [values, value]))
+    with graph.inserting_before(attention):
+        if mask is not None:
+            mask = _four_axes(mask)
+            if str(val(mask).shape[3]) not in (str(tokens), "1"):
+                raise Refuse(f"the mask `{mask.name}` has {val(mask).shape[3]} columns for {tokens} tokens", mask)
+        taken = call(graph, torch.ops.kvfx.column_mask.default, mask, columns, val(query).shape[1])
+        swapped = call(graph, torch.ops.kvfx.attention.default, query, keys, values, taken, *inputs(attention)[4:])
+    replace(attention, swapped)
     nodes["attention"] = swapped
 
 

@@ -1,0 +1,84 @@
+"""How much of the new tokens each row and layer keeps, as the numbers that a graph takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kvfx.block import Block
+from kvfx.errors import InputError
+from kvfx.lower import lower
+from kvfx.passes.cache_write import size_of
+from kvfx.passes.capture import mark_dynamic
+from kvfx.passes.plan import Plan
+from kvfx.policy import Policy
+
+Budget = tuple[list[Tensor] | None, list[Tensor] | None]
+Keep = float | Fraction | Sequence[float | Fraction] | None
+
+
+def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> Budget:
+    """How many slots a graph shall hold of the new tokens, per layer or for all, and how many of them each row fills.
+
+    Args:
+        policy: what is kept.
+        plan: of the forward: that of the policy, or one that stores all.
+        block: the new tokens.
+        layers: of the cache.
+        keep: fractions kept instead of the policy's, one for all rows or one for each.
+
+    Returns:
+        `sizes` and `counts` as of `SlotCache`, marked dynamic; nothing where all is stored.
+
+    Raises:
+        InputError: the policy does not take such a block, or no other fraction.
+    """
+    if plan.score is None:
+        if keep is not None:
+            raise InputError(f"keep={keep}: the policy {policy} keeps everything. Compile with one that scores")
+        return None, None
+    batch, length = block.batch, block.length
+    if policy.batch_coupled and (batch > 1 or block.valid is not None):
+        raise InputError(f"{policy.name} needs one row without padding, got {batch} rows: {policy.batch_coupled}")
+    rows = {sketch.shape[0] for sketch in plan.sketches or () if sketch.dim() == 4}
+    if rows - {batch}:
+        raise InputError(f"the sketches given to kvfx.compile are for {sorted(rows)} rows, the prompt has {batch}")
+    if length < policy.least_tokens:
+        raise InputError(
+            f"{policy.name} scores prompts of at least {policy.least_tokens} tokens, as the library it follows; got {length}. "
+            "Use the preset without @ for short ones."
+        )
+    pairs = zip(_policies(policy, batch, keep), block.lengths, strict=True)
+    per_layer = list(zip(*(each.counts(real, layers) for each, real in pairs), strict=True))
+    if len(set(per_layer)) == 1:
+        per_layer = per_layer[:1]
+    slots = [max(counts) for counts in per_layer]
+    if length > 1:
+        slots = [max(2, most) for most in slots]  # with one empty: a graph for exactly one slot would be one more
+    sizes, counts = [size_of(most, block.device) for most in slots], None
+    if block.valid is not None or any(most != least for most, kept in zip(slots, per_layer, strict=True) for least in kept):
+        counts = [torch.tensor(counts, device=block.device) for counts in per_layer]
+    for tensor in [*sizes, *(counts or ())]:
+        mark_dynamic(tensor, 0)
+    return sizes, counts
+
+
+def slots_of_prompt(policy: Policy, length: int, layers: int) -> int:
+    """The most slots that a layer without a window is given of a prompt of `length` tokens."""
+    return length if policy.score is None else max(2, *policy.counts(length, layers))
+
+
+def _policies(policy: Policy, rows: int, keep: Keep) -> list[Policy]:
+    """The policy of each row."""
+    if keep is None:
+        return [policy] * rows
+    keeps = [keep] * rows if isinstance(keep, (int, float, Fraction)) else list(keep)
+    if len(keeps) != rows:
+        raise InputError(f"keep has {len(keeps)} fractions for {rows} rows; expected one for all, or one for each")
+    policies = [policy.with_keep(each) for each in keeps]
+    if any(lower(each) != lower(policy) for each in policies):
+        raise InputError(f"keep={keep}: scores of {policy.name} depend on the fraction kept. Compile a model for each")
+    return policies
