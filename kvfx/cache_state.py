@@ -32,7 +32,7 @@ class CacheState(transformers.Cache):
     layers: list[CacheLayer]  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        super().__init__(layers=[])
+        transformers.Cache.__init__(self, layers=[])  # which a subclass that is also of transformers has in another form
         self.policy = "none"
         self.lengths_seen: Any = None
         self.has_empty = False

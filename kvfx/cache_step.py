@@ -11,11 +11,16 @@ from kvfx.cache import Cache
 from kvfx.errors import CacheMismatch
 
 
-def took(cache: Cache, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, held: Sequence[int]) -> None:
-    """Account for a forward over `length` new tokens, after its graph stored them in the layers, which held `held` slots."""
+def took(
+    cache: Cache, ids: Tensor | None, valid: Tensor | None, seen: Tensor, length: int, held: Sequence[int], whole: bool = True
+) -> None:
+    """Account for a forward over `length` new tokens, after its graph stored them in the layers, which held `held` slots.
+
+    `whole` is False where slots stand empty for tokens that were not kept.
+    """
     all_held = [layer.take(length, slots, cache.lengths_seen, seen, valid) for layer, slots in zip(cache.layers, held, strict=True)]
     cache.lengths_seen = seen
-    note(cache, ids, valid, length, all(all_held))
+    note(cache, ids, valid, length, whole and all(all_held))
 
 
 def note(cache: Cache, ids: Tensor | None, valid: Tensor | None, length: int, whole: bool) -> None:

@@ -63,6 +63,10 @@ class CompressedModel:
         cache = kwargs.get("past_key_values")
         if kwargs.get("next_sequence_length") is None and cache is not None:
             kwargs["next_sequence_length"] = input_ids.shape[1] - cache.get_seq_length()
+        if isinstance(cache, StaticCache):
+            # Of it transformers would make the mask of a stock model, instead of the one that was given.
+            inputs = super().prepare_inputs_for_generation(input_ids, **{**kwargs, "past_key_values": None})  # type: ignore[misc]
+            return {**inputs, "past_key_values": cache}
         return super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
 
     def plain_generate(self, ids: Tensor | None, options: dict[str, Any]) -> Any:
@@ -123,7 +127,10 @@ def generate(model: CompressedModel, ids: Tensor | None, append: bool, options: 
         raise InputError("prefill_chunk_size would compress only the first chunk; call model.compress(part, past_key_values=cache)")
     if ids is None:
         raise InputError("generate needs input ids; for embeddings call the model itself")
-    if layout == "static" and cache is None:
+    options["disable_compile"] = True  # of the forward, which is compiled
+    if layout == "static":
+        if cache is not None:
+            raise InputError("cache_implementation='static' asks for a new cache, but past_key_values was given. Leave one out")
         cache = _static(model, ids, options, setting)
     options.pop("cache_implementation", None)
     if getattr(config, "cache_implementation", None):

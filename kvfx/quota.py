@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,26 @@ from kvfx.passes.capture import mark_dynamic
 from kvfx.passes.plan import Plan
 from kvfx.policy import Policy
 
-Budget = tuple[list[Tensor] | None, list[Tensor] | None]
 Keep = float | Fraction | Sequence[float | Fraction] | None
 
 
-def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> Budget:
+class Quota(NamedTuple):
+    """What is kept of the new tokens.
+
+    Attributes:
+        sizes: as of `SlotCache`, marked dynamic; None if all is stored.
+        counts: as of `SlotCache`, marked dynamic.
+        most: the most slots that a row fills, per layer or for all.
+        whole: whether every real token is kept.
+    """
+
+    sizes: list[Tensor] | None
+    counts: list[Tensor] | None
+    most: list[int]
+    whole: bool
+
+
+def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> Quota:
     """How many slots a graph shall hold of the new tokens, per layer or for all, and how many of them each row fills.
 
     Args:
@@ -30,16 +46,13 @@ def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> 
         layers: of the cache.
         keep: fractions kept instead of the policy's, one for all rows or one for each.
 
-    Returns:
-        `sizes` and `counts` as of `SlotCache`, marked dynamic; nothing where all is stored.
-
     Raises:
         InputError: the policy does not take such a block, or no other fraction.
     """
     if plan.score is None:
         if keep is not None:
             raise InputError(f"keep={keep}: the policy {policy} keeps everything. Compile with one that scores")
-        return None, None
+        return Quota(None, None, [max(block.lengths)], True)
     batch, length = block.batch, block.length
     if policy.batch_coupled and (batch > 1 or block.valid is not None):
         raise InputError(f"{policy.name} needs one row without padding, got {batch} rows: {policy.batch_coupled}")
@@ -55,15 +68,16 @@ def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> 
     per_layer = list(zip(*(each.counts(real, layers) for each, real in pairs), strict=True))
     if len(set(per_layer)) == 1:
         per_layer = per_layer[:1]
-    slots = [max(counts) for counts in per_layer]
-    if length > 1:
-        slots = [max(2, most) for most in slots]  # with one empty: a graph for exactly one slot would be one more
-    sizes, counts = [size_of(most, block.device) for most in slots], None
-    if block.valid is not None or any(most != least for most, kept in zip(slots, per_layer, strict=True) for least in kept):
+    most = [max(counts) for counts in per_layer]
+    slots = (
+        [max(2, count) for count in most] if length > 1 else most
+    )  # with one empty: a graph for exactly one slot would be one more
+    sizes, counts = [size_of(count, block.device) for count in slots], None
+    if block.valid is not None or any(slot != count for slot, row in zip(slots, per_layer, strict=True) for count in row):
         counts = [torch.tensor(counts, device=block.device) for counts in per_layer]
     for tensor in [*sizes, *(counts or ())]:
         mark_dynamic(tensor, 0)
-    return sizes, counts
+    return Quota(sizes, counts, most, all(row == tuple(block.lengths) for row in per_layer))
 
 
 def slots_of_prompt(policy: Policy, length: int, layers: int) -> int:

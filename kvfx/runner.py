@@ -23,7 +23,7 @@ from kvfx.passes.capture import mark_dynamic
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Stranded
 from kvfx.policy import Policy
-from kvfx.quota import Budget, Keep, quota
+from kvfx.quota import Keep, Quota, quota
 from kvfx.static_cache import StaticCache, adopt
 from kvfx.static_slots import StaticSlots
 
@@ -99,12 +99,12 @@ class Runner:
         windows = hf.windows(self.base) if phase == "prefill" else [layer.window for layer in cache.layers]
         if phase != "prefill" and block.valid is not None and any(windows):
             raise uneven_turn(block, "part of the sliding windows that this model has")
-        sizes, counts = quota(self.policy, plan, block, len(windows), keep)
+        budget = quota(self.policy, plan, block, len(windows), keep)
         for tensor in (block.valid, *tokens.values(), *(value for value in options.values() if isinstance(value, Tensor))):
             if tensor is not None and tensor.dim() > 1:
                 mark_dynamic(tensor, *((0,) if phase == "decode" else (0, 1)))
         step = self._static if isinstance(cache, StaticCache) else self._dense
-        out = step(phase, plan, cache, windows, block, (sizes, counts), (block.valid, tokens, options))
+        out = step(phase, plan, cache, windows, block, budget, (block.valid, tokens, options))
         if phase != "decode":
             cache.owner, cache.fingerprint = Owner.of(self.base), None
             if evict:
@@ -112,7 +112,7 @@ class Runner:
         out.past_key_values = cache
         return out
 
-    def _dense(self, phase: str, plan: Plan, cache: Cache, windows: Any, block: Block, budget: Budget, inputs: Inputs) -> Any:
+    def _dense(self, phase: str, plan: Plan, cache: Cache, windows: Any, block: Block, budget: Quota, inputs: Inputs) -> Any:
         # A step that may still fail works on a copy: nothing is lost, nothing half-written.
         work = cache.copy() if phase != "decode" else cache
         length_seen = None
@@ -126,11 +126,11 @@ class Runner:
             length_seen = size_of(work.get_seq_length(), block.device)
             mark_dynamic(length_seen, 0)
         held = [layer.slots for layer in work.layers]
-        out, seen = self._run(phase, plan, work, (*budget, length_seen), inputs)
+        out, seen = self._run(phase, plan, work, (budget.sizes, budget.counts, length_seen), inputs)
         self._check_after(phase, plan, work, block)
-        took(work, inputs[1].get("input_ids"), block.valid, seen, block.length, held)
+        took(work, inputs[1].get("input_ids"), block.valid, seen, block.length, held, budget.whole)
         if phase != "decode":
-            if budget[1] is not None or block.valid is not None:
+            if budget.counts is not None or block.valid is not None:
                 push_empty_left(work, fixed=self.engine.whole)
             work.mark()
             cache.__dict__.update(work.__dict__)
@@ -138,30 +138,28 @@ class Runner:
             work.mark()  # a graph for one slot is specialised, and so are the marks of what it makes
         return out
 
-    def _static(self, phase: str, plan: Plan, cache: Any, windows: Any, block: Block, budget: Budget, inputs: Inputs) -> Any:
+    def _static(self, phase: str, plan: Plan, cache: Any, windows: Any, block: Block, budget: Quota, inputs: Inputs) -> Any:
         """A step in place: all that can fail is checked before, and what is written is undone if it fails all the same."""
-        sizes, counts = budget
-        written = [block.length] if sizes is None else [slots_of(size) for size in sizes]
+        written = [block.length] if budget.sizes is None else [slots_of(size) for size in budget.sizes]
         limit = hf.longest_text(self.base) if cache.tokens is None else cache.tokens
         cache.check_room(block.length, written, limit)
         if not cache.layers:
             cache.allocate(self.engine.slots_like(self.base), windows, block.batch, limit)
         before = None if phase == "decode" else cache.snapshot()
         shows_padding = cache._real is not None or not self.takes_positions
-        slots = StaticSlots(cache.layers, sizes, counts, cache.tokens, phase != "prefill", shows_padding)
+        slots = StaticSlots(cache.layers, budget.sizes, budget.counts, cache.tokens, phase != "prefill", shows_padding)
         try:
             given = (cache.lengths_seen, *inputs, self.takes_positions)
             out, _ = self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
             self._check_after(phase, plan, cache, block)
         except BaseException as error:
-            if before is not None:
-                cache.restore(before)
+            cache.forget_new() if before is None else cache.restore(before)
             if isinstance(error, Stranded):
                 raise _refused(self.engine.name, error) from error
             raise
-        stored = [max(block.lengths)] if sizes is None else written if counts is None else [int(count.max()) for count in counts]
-        whole = [layer.account(block.length, stored[min(index, len(stored) - 1)]) for index, layer in enumerate(cache.layers)]
-        note(cache, inputs[1].get("input_ids"), block.valid, block.length, all(whole))
+        for index, layer in enumerate(cache.layers):
+            layer.account(block.length, budget.most[min(index, len(budget.most) - 1)])
+        note(cache, inputs[1].get("input_ids"), block.valid, block.length, budget.whole and not any(windows))
         if phase != "decode":
             cache.compare_rows()
         return out

@@ -102,6 +102,11 @@ class StaticCache(Cache):
             for tensor, held in zip(now, then, strict=True):
                 tensor.copy_(held)
 
+    def forget_new(self) -> None:
+        """Undo a forward over one token of each row that broke off: what it overwrote of windows, no query sees any more."""
+        for layer in self.layers:
+            layer.forget_from(self.lengths_seen)
+
     def compare_rows(self) -> None:
         """Note whether rows and layers hold equally many tokens, so that a stock model's one mask is right for them."""
         lengths = [layer.length for layer in self.layers if layer.length is not None]
@@ -140,6 +145,7 @@ class StaticCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Slots, and the logical index of the first, such that a causal mask hides those not yet filled."""
+        self._check_filled()
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -149,14 +155,17 @@ class StaticCache(Cache):
             CacheMismatch: nothing was stored before, or a stock model would attend wrongly.
             PoolExhausted: there is no room.
         """
-        if self.is_empty:
-            raise CacheMismatch("an empty kvfx.StaticCache is filled only by the model that kvfx.compile returned")
+        self._check_filled()
         length = key_states.shape[2]
         updated = self.layers[layer_idx].update(key_states, value_states)
         if layer_idx == 0:
             self.lengths_seen.add_(length)
             note(self, None, None, length, True)
         return updated
+
+    def _check_filled(self) -> None:
+        if self.is_empty:
+            raise CacheMismatch("an empty kvfx.StaticCache is filled only by the model that kvfx.compile returned")
 
     # -- edits -----------------------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ class StaticLayer(CacheLayer):
         alike: whether all rows and layers of the cache hold equally many slots, and none is a window.
     """
 
+    is_compileable = True  # so that a stock model always makes a mask
+
     def __init__(self, window: int | None, capacity: int, batch: int, key: Tensor, value: Tensor) -> None:
         """Make room for `capacity` slots like those of `key` and `value`, `[1, Hkv, 1, D]`, in `batch` rows."""
         super().__init__(window)
@@ -91,13 +93,12 @@ class StaticLayer(CacheLayer):
             )
         return self.capacity, self.tokens - self.filled
 
-    def account(self, new: int, stored: int) -> bool:
-        """Note that `new` tokens were seen and that at most `stored` of each row are held; return whether all are."""
+    def account(self, new: int, stored: int) -> None:
+        """Note that `new` tokens were seen and that at most `stored` of each row are held."""
         self.tokens += new
         self.filled = self.filled + stored if self.window is None else min(self.tokens, self.capacity)
         self.evicted = self.tokens - self.filled
-        self.kept_positions = self.finite = None
-        return self.window is None and stored == new
+        self.finite = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append to rows of equal lengths, as a stock model does."""
@@ -182,11 +183,15 @@ class StaticLayer(CacheLayer):
         other.prefix, other.length = self.prefix.clone(), None if self.length is None else self.length.clone()
         return other
 
-    def cut(self, tokens: int, seen: Tensor) -> None:
-        """Forget the last `tokens` slots, in place; rows have seen `seen` real tokens without them."""
+    def forget_from(self, seen: Tensor) -> None:
+        """Empty the slots of tokens from position `seen` on, `[B]`, in place."""
         self.prefix.masked_fill_(self.prefix >= seen[:, None, None], -1)
         if self.length is not None:
-            self.length.sub_(tokens)
+            self.length.copy_((self.prefix[:, 0] >= 0).sum(-1))
+
+    def cut(self, tokens: int, seen: Tensor) -> None:
+        """Forget the last `tokens` slots, in place; rows have seen `seen` real tokens without them."""
+        self.forget_from(seen)
         self.filled, self.tokens = self.filled - tokens, self.tokens - tokens
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from kvfx.passes.cache_write import LIBRARY
 
 LIBRARY.define(
-    "static_read(Tensor keys, Tensor values, Tensor columns, Tensor? key, Tensor? value, int tokens, int layer) -> (Tensor, Tensor)"
+    "static_read(Tensor keys, Tensor values, Tensor columns, Tensor? key, Tensor? value, SymInt tokens, int layer)"
+    " -> (Tensor, Tensor)"
 )
 
 

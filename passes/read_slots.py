@@ -86,8 +86,9 @@ def _swap_static(site: Site) -> None:
     with graph.inserting_before(attention):
         if mask is not None:
             mask = _four_axes(mask)
-            if str(val(mask).shape[3]) not in (str(tokens), "1"):
-                raise Refuse(f"the mask `{mask.name}` has {val(mask).shape[3]} columns for {tokens} tokens", mask)
+            columns_given, expected = val(mask).shape[3], val(tokens) if isinstance(tokens, fx.Node) else tokens
+            if str(columns_given) not in (str(expected), "1"):
+                raise Refuse(f"the mask `{mask.name}` has {columns_given} columns for {expected} tokens", mask)
         taken = call(graph, torch.ops.kvfx.column_mask.default, mask, columns, val(query).shape[1])
         swapped = call(graph, torch.ops.kvfx.attention.default, query, keys, values, taken, *inputs(attention)[4:])
     replace(attention, swapped)
