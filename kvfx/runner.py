@@ -147,7 +147,9 @@ class Runner:
             cache.allocate(self.engine.slots_like(self.base), windows, block.batch, limit)
         before = None if phase == "decode" else cache.snapshot()
         shows_padding = cache._real is not None or not self.takes_positions
-        slots = StaticSlots(cache.layers, budget.sizes, budget.counts, cache.tokens, phase != "prefill", shows_padding)
+        longest = size_of(cache.tokens, block.device)
+        mark_dynamic(longest, 0)
+        slots = StaticSlots(cache.layers, budget.sizes, budget.counts, longest, phase != "prefill", shows_padding)
         try:
             given = (cache.lengths_seen, *inputs, self.takes_positions)
             out, _ = self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)

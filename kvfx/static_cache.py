@@ -13,6 +13,7 @@ from kvfx.cache import Cache
 from kvfx.cache_step import note
 from kvfx.errors import CacheMismatch, PoolExhausted
 from kvfx.layouts import to_dense
+from kvfx.passes.capture import mark_dynamic
 from kvfx.static_layer import STATE, StaticLayer
 
 
@@ -61,6 +62,7 @@ class StaticCache(Cache):
             pairs = zip(windows, room, like, strict=True)
             self.layers += [StaticLayer(window, capacity, batch, *pair) for window, capacity, pair in pairs]
             self.lengths_seen = torch.zeros(batch, dtype=torch.long, device=like[0][0].device)
+            self.mark()
 
     def check_room(self, new: int, stored: Sequence[int], tokens: int) -> None:
         """Make sure that there is room, before anything is written.
@@ -130,6 +132,8 @@ class StaticCache(Cache):
         for index, facts in enumerate(about["layers"]):
             cache.layers.append(StaticLayer.of_state({name: tensors.get(f"layers.{index}.{name}") for name in STATE}, facts))
         cache._take(tensors, about)
+        if isinstance(cache.lengths_seen, Tensor):  # a pytree may hold anything
+            cache.mark()
         return cache
 
     @property
@@ -174,6 +178,7 @@ class StaticCache(Cache):
         other = StaticCache(self.capacity, self.tokens)
         other._inherit(self)
         other.layers = [layer.copy() for layer in self.layers]
+        other.mark()
         return other
 
     def reset(self) -> None:
@@ -187,7 +192,14 @@ class StaticCache(Cache):
             seen.zero_()
 
     def mark(self) -> None:
-        """Nothing varies here."""
+        """Let caches of other rows, capacities and longest texts share graphs. Once, on tensors that no graph has made."""
+        for layer in self.layers:
+            for tensor in (layer.keys, layer.values, layer.prefix):
+                mark_dynamic(tensor, *((0, 2) if layer.window is None else (0,)))
+            if layer.length is not None:
+                mark_dynamic(layer.length, 0)
+        if self.lengths_seen is not None:
+            mark_dynamic(self.lengths_seen, 0)
 
     def _set_seen(self, seen: Tensor) -> None:
         same = self.lengths_seen is not None and self.lengths_seen.shape == seen.shape

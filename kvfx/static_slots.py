@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvfx.cache_layer import SlotCache
+from kvfx.passes.cache_write import slots_of
 
 
 class StaticSlots(SlotCache):
@@ -15,15 +16,15 @@ class StaticSlots(SlotCache):
 
     Attributes:
         has_past: whether tokens were seen before.
-        tokens: the longest text that the cache may see.
-        shows_padding: whether the model is to know which tokens of the text are padding.
+        longest: carries the number of tokens of the longest text that the cache may see, see `passes.cache_write`.
+        empty: whether the model is to know which tokens of the text are padding.
     """
 
     is_compileable = True  # so that transformers makes masks for fixed lengths
 
-    def __init__(self, layers: Any, sizes: Any, counts: Any, tokens: int, has_past: bool, shows_padding: bool) -> None:
-        super().__init__(layers, sizes, counts)
-        self.tokens, self.has_past, self.shows_padding = tokens, has_past, shows_padding
+    def __init__(self, layers: Any, sizes: Any, counts: Any, longest: Tensor, has_past: bool, shows_padding: bool) -> None:
+        super().__init__(layers, sizes, counts, empty=shows_padding)
+        self.longest, self.has_past = longest, has_past
         self.valid: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -59,6 +60,11 @@ class StaticSlots(SlotCache):
             order = (torch.arange(slots, device=key.device) + counts[:, None]) % slots
         layer.append(*stored, order, counts)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest text."""
+        return slots_of(self.longest)
+
     def _order(self) -> tuple[Tensor | None, Tensor | None]:
         """The place of each new token among the real ones, padding behind them, [B, S]; and how many are real, [B]."""
         if self.valid is None:
@@ -80,7 +86,7 @@ class StaticSlots(SlotCache):
         """Which tokens of the text are real, [B, tokens], where that is to be known."""
         if not self.has_past:
             return valid
-        if valid is None and not self.shows_padding:
+        if valid is None and not self.empty:
             return None
         column, held = torch.arange(self.tokens, device=seen.device), seen.amax()
         real = (column >= held - seen[:, None]) & (column < held + length)

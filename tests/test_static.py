@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from torch import Tensor
@@ -37,10 +37,12 @@ def assert_same_slots(static: kvfx.StaticCache, dense: kvfx.Cache) -> None:
     assert (static.ids is None) == (dense.ids is None)
     assert dense.ids is None or torch.equal(static.ids, dense.ids)
     for a, b in zip(grown.layers, dense.layers, strict=True):
-        assert torch.equal(a.positions, b.positions)
-        assert a.evicted == b.evicted
-        torch.testing.assert_close(a.keys, b.keys)
-        torch.testing.assert_close(a.values, b.values)
+        assert a.get_seq_length() == b.get_seq_length()
+        blank = b.slots - a.slots  # left behind by rows that were not chosen
+        assert bool((b.positions[:, :, :blank] == -1).all())
+        assert torch.equal(a.positions, b.positions[:, :, blank:])
+        torch.testing.assert_close(a.keys, b.keys[:, :, blank:])
+        torch.testing.assert_close(a.values, b.values[:, :, blank:])
 
 
 def windows(cache: kvfx.Cache) -> bool:
@@ -112,6 +114,9 @@ def test_windows_go_round(padding):
         both.feed(1)
 
 
+NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)  # each step runs models: shrinking would take minutes
+
+
 class Turns(RuleBasedStateMachine):
     """Anything that may be done with a cache, in any order."""
 
@@ -172,7 +177,7 @@ class Turns(RuleBasedStateMachine):
         assert_same_slots(self.both.static, self.both.dense)
 
 
-Turns.TestCase.settings = settings(max_examples=6, stateful_step_count=10, deadline=None)
+Turns.TestCase.settings = settings(max_examples=5, stateful_step_count=8, deadline=None, phases=NO_SHRINK)
 test_any_order_of_turns = Turns.TestCase
 
 
