@@ -47,6 +47,7 @@ class Prompt:
 
     @property
     def length(self) -> int:
+        """Tokens seen."""
         return self.ids.shape[1]
 
     @property
@@ -86,8 +87,8 @@ def dynamic_cache(prompt: Prompt) -> Fresh:
         torch._dynamo.mark_dynamic(tensor, 2)
 
     def prepare() -> Callable[[], Tensor]:
-        for layer, (layer.keys, layer.values) in zip(held.layers, layers, strict=True):
-            pass
+        for layer, tensors in zip(held.layers, layers, strict=True):
+            layer.keys, layer.values = tensors
         return steps(compiled, held)
 
     return Fresh(prepare)
@@ -112,7 +113,7 @@ def static_cache(prompt: Prompt) -> Fresh:
 
 
 def dense(keep: float) -> Callable[[Prompt], Fresh]:
-    """kvfx with its layout `dense`, which grows by concatenation."""
+    """A row of kvfx with its layout `dense`, which grows by concatenation."""
 
     def row(prompt: Prompt) -> Fresh:
         model = kvfx.compile(prompt.model, f"knorm:{keep}")
@@ -172,8 +173,8 @@ def table(name: str) -> str:
     where, rows = read(name)
     lines = [
         f"Measured on {where}.\n",
-        f"CPU time of {STEPS} decode steps behind S tokens, over that of the baseline behind the slash: median of paired runs with its",
-        "95 % interval. Plain rows are `torch.compile` of the transformers model. A goal is met, or not, when the ratio is further",
+        f"CPU time of {STEPS} decode steps behind S tokens, over that of the baseline behind the slash: median of paired runs with",
+        "its 95 % interval. Plain rows are `torch.compile` of the transformers model. A goal is met, or not, when the ratio is further",
         "from it than the A/A interval reaches from 1; nearer is undecided.\n",
         "| setting / baseline | step | ratio | 95 % | goal | | ms a step | baseline ms | pairs |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -59,6 +59,7 @@ class Fresh:
     prepare: Callable[[], Callable[[], object]]
 
     def __call__(self) -> object:
+        """Prepare and run."""
         return self.prepare()()
 
 
