@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-
 from graphs import traced_step
-from test_equivalence import decoder
 from kvfx.kernels import OPS
 from kvfx.passes import run
 from kvfx.passes.graph import val
 from kvfx.passes.plan import Plan
+from test_equivalence import decoder
 
 HEADS, TOKENS, DIM = 2, 40, 16
 MASKS: dict[str, tuple[int, ...]] = {"no mask": (), "one row": (1, 1, 1, TOKENS), "a row per KV head": (2, HEADS, 1, TOKENS)}
