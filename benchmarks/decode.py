@@ -173,7 +173,7 @@ def table(name: str) -> str:
     where, rows = read(name)
     lines = [
         f"Measured on {where}.\n",
-        f"CPU time of {STEPS} decode steps behind S tokens, over that of the baseline behind the slash: median of paired runs, with",
+        f"CPU time of {STEPS} decode steps behind S tokens, over that of the baseline behind the slash: median of pairs, with",
         "its 95 % interval. Plain rows are `torch.compile` of the transformers model. A goal is met, or not, when the ratio is",
         "further from it than the A/A interval reaches from 1; nearer is undecided.\n",
         "| setting / baseline | step | ratio | 95 % | goal | | ms a step | baseline ms | pairs |",
