@@ -10,7 +10,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,21 @@ class Row:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """A run that uses up what it works on: `prepare` makes that anew, untimed, and returns what is timed."""
+
+    prepare: Callable[[], Callable[[], object]]
+
+    def __call__(self) -> object:
+        """Prepare and run."""
+        return self.prepare()()
+
+
 def compare(
     setting: str,
     baseline: Callable[[], object],
-    variants: dict[str, Callable[[], object]],
+    variants: Mapping[str, Callable[[], object]],
     floors: dict[str, float] | None = None,
     goals: dict[str, float] | None = None,
     rounds: int = 31,
@@ -105,6 +116,8 @@ def _verdict(row: Row, noise: Row) -> str:
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:
+    if isinstance(run, Fresh):
+        run = run.prepare()
     start = time.process_time()
     run()
     return time.process_time() - start

@@ -35,7 +35,8 @@ def slot_mask(
         heads: Hq.
 
     Returns:
-        [1 or B, 1 or Hq, 1 or S, T + n], or the mask itself where it has one column for all and no slot is empty.
+        [1 or B, 1, Hkv or Hq, 1 or S, T + n], per KV head where slots are a head's own and the mask is one for all; or the mask
+        itself where it has one column for all and no slot is empty.
 
     Cost: reads and writes T values for each mask row and head with slots of its own.
     """
@@ -56,8 +57,6 @@ def slot_mask(
             columns = columns.repeat_interleave(heads // each, 1)
         held = mask[..., :length].expand(batch, columns.shape[1], -1, -1)
         held = held.gather(3, columns.expand(-1, -1, mask.shape[2], -1))
-        if columns.shape[1] not in (1, heads):
-            held = held.repeat_interleave(heads // kv_heads, 1)
         behind = mask[..., length:].expand(batch, held.shape[1], -1, -1)
     elif empty:
         held = mask.expand(batch, -1, -1, slots)

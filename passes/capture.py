@@ -20,6 +20,7 @@ from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -120,12 +121,13 @@ def trace(function: Callable[..., Any], *fakes: Any) -> fx.GraphModule:
 
 @contextlib.contextmanager
 def fake_mode_of(values: Sequence[Any]) -> Iterator[None]:
-    """Enter the fake mode that the tensors among `values` belong to."""
+    """Enter the fake mode that the tensors among `values` belong to, without its cache, which takes longer than it saves here."""
     fake = next((value for value in pytree.tree_leaves(values) if isinstance(value, FakeTensor)), None)
     if fake is None:
         yield
     else:
-        with fake.fake_mode, enable_python_dispatcher():  # without the dispatcher some ops refuse symbolic sizes
+        # Filling it works out the symbolic shapes of each result twice more. Without the dispatcher some ops refuse symbolic sizes.
+        with disable_fake_tensor_cache(fake.fake_mode), fake.fake_mode, enable_python_dispatcher():
             yield
 
 

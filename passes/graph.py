@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from kvfx.passes import capture
 
@@ -88,28 +88,6 @@ def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, **kwargs: Any)
     with capture.fake_mode_of((fake_args, fake_kwargs)):
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     return node
-
-
-def call_alike(graph: fx.Graph, known: dict[Any, Any], target: Callable[..., Any], *args: Any) -> fx.Node:
-    """As `call`, for an op that takes long to fake: calls on arguments of the same kind share the value in `known`."""
-    key = (target, tuple(kind(arg) for arg in args))
-    if key not in known:
-        node = call(graph, target, *args)
-        known[key] = val(node)
-        return node
-    node = graph.create_node("call_function", target, args, name=getattr(target, "_opname", None))
-    node.meta["val"] = known[key]
-    return node
-
-
-def kind(arg: Any) -> Any:
-    """What decides the trace of an op: shapes, strides and types of tensors, the values of everything else."""
-    if not isinstance(arg, fx.Node):
-        return arg
-    value = val(arg)
-    if isinstance(value, Tensor):
-        return (str(value.dtype), str(tuple(value.shape)), str(value.stride()), str(value.device))
-    return str(value)
 
 
 def constant(module: fx.GraphModule, name: str, tensor: torch.Tensor, like: torch.Tensor) -> fx.Node:

@@ -11,13 +11,12 @@ from kvfx.passes.cache_write import WRITE
 from kvfx.passes.graph import aten, call, inputs, replace_outputs, sort_topologically, val
 from kvfx.passes.plan import Plan, Splice
 from kvfx.passes.report import Report, Site
-
-kvfx = torch.ops.kvfx
+from kvfx.passes.traced_op import Traces, call_op
 
 
 def insert_eviction(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Replace every `cache_write`: by the kept slots where the site has a score, else by everything."""
-    graph = module.graph
+    graph, traces = module.graph, report.traces
     scored = {site.nodes["write"]: site for site in report.sites if "score" in site.nodes}
     for write in graph.find_nodes(op="call_function", target=WRITE):
         key, value, positions, counts, size, _ = inputs(write)
@@ -27,22 +26,22 @@ def insert_eviction(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         site = scored[write]
         with graph.inserting_before(_behind(site.nodes["score"])):
             count = call(graph, operator.sub, call(graph, aten.sym_size.int, size, 0), 1)
-            scores, finite = _protect(graph, site, "score", plan)
+            scores, finite = _protect(graph, traces, site, "score", plan)
             if isinstance(plan.score, Splice):
-                first, first_finite = _protect(graph, site, "first", plan)
-                scores = call(graph, kvfx.splice.default, first, scores, count, counts, *plan.score.share.as_integer_ratio())
+                first, first_finite = _protect(graph, traces, site, "first", plan)
+                scores = call_op(graph, traces, "splice", first, scores, count, counts, *plan.score.share.as_integer_ratio())
                 finite = call(graph, aten.logical_and.default, finite, first_finite)
-            slots = call(graph, kvfx.select.default, scores, count, counts)
-            compact = call(graph, kvfx.compact.default, key, value, positions, slots, counts is not None)
+            slots = call_op(graph, traces, "select", scores, count, counts)
+            compact = call_op(graph, traces, "compact", key, value, positions, slots, counts is not None)
             kept = [call(graph, operator.getitem, compact, i) for i in range(3)]
         site.nodes["kept"] = kept[0]
         replace_outputs(write, [*kept, finite])
     sort_topologically(graph)
 
 
-def _protect(graph: fx.Graph, site: Site, score: str, plan: Plan) -> list[fx.Node]:
+def _protect(graph: fx.Graph, traces: Traces, site: Site, score: str, plan: Plan) -> list[fx.Node]:
     """A score of the site in which protected tokens win and padding loses, and whether it was finite."""
-    protected = call(graph, kvfx.protect.default, site.nodes[score], site.nodes.get("valid"), plan.sinks, plan.recent)
+    protected = call_op(graph, traces, "protect", site.nodes[score], site.nodes.get("valid"), plan.sinks, plan.recent)
     return [call(graph, operator.getitem, protected, i) for i in range(2)]
 
 

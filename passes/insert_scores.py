@@ -10,16 +10,16 @@ from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.attention.logits import is_head_bias
-from kvfx.passes.graph import aten, call, call_alike, constant, inputs, replace, schema_of, val
+from kvfx.passes.graph import aten, call, constant, inputs, replace, schema_of, val
 from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, Splice, ZScore
 from kvfx.passes.report import Report, Site
+from kvfx.passes.traced_op import Traces, call_op
 
 ARITHMETIC = {"add": aten.add.Tensor, "sub": aten.sub.Tensor, "mul": aten.mul.Tensor}
 
 
 def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Compute each evicting site's score [B, Hkv, S], fp32, right after its attention; of a splice, both scores."""
-    known: dict[Any, Any] = {}
     for site in report.sites:
         if "write" not in site.nodes or site.refusal:
             continue
@@ -27,7 +27,7 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             # Nodes are added in front of a placeholder node, so that they stand in the order in which they are made.
             end = module.graph.call_function(torch.ops.kvfx.attention.default)
         with module.graph.inserting_before(end):
-            builder = _Builder(module, site, plan, known)
+            builder = _Builder(module, site, plan, report.traces)
             if (valid := builder.valid()) is not None:
                 site.nodes["valid"] = valid
             match plan.score:
@@ -42,8 +42,8 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
 
 
 class _Builder:
-    def __init__(self, module: fx.GraphModule, site: Site, plan: Plan, known: dict[Any, Any]) -> None:
-        self.module, self.graph, self.site, self.plan, self.known = module, module.graph, site, plan, known
+    def __init__(self, module: fx.GraphModule, site: Site, plan: Plan, traces: Traces) -> None:
+        self.module, self.graph, self.site, self.plan, self.traces = module, module.graph, site, plan, traces
         self.attention = inputs(site.nodes["attention"])
         self.built: dict[Expr | None, Any] = {}
 
@@ -134,7 +134,7 @@ class _Builder:
         return constant(self.module, f"sketch_{layer}_{sketch.size}_{sketch.seed}", tensor, val(key))
 
     def op(self, name: str, *args: Any) -> fx.Node:
-        return call_alike(self.graph, self.known, getattr(torch.ops.kvfx, name).default, *args)
+        return call_op(self.graph, self.traces, name, *args)
 
 
 def _gives_lse(attention: fx.Node, new_key: fx.Node) -> bool:

@@ -109,6 +109,7 @@ class Report:
         counts_columns: whether attention behind a cache adds a bias per head, which counts the columns of padding too.
         leftovers: op counts worth knowing when no site was found, e.g. softmax calls.
         seconds: time spent in each pass.
+        traces: of kernel ops, by op and arguments, while the passes run (see `traced_op`).
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -118,6 +119,7 @@ class Report:
     counts_columns: bool = False
     leftovers: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    traces: dict[Any, fx.Graph] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def compressed(self) -> list[Site]:
@@ -138,3 +140,4 @@ class Report:
         """Let go of the graph."""
         for site in self.sites:
             site.nodes = {}
+        self.traces = {}

@@ -201,7 +201,7 @@ def slow_kvpress_compactor(query, key, value, pre_key, sketch, blend, chunk, dty
 # Each op against its definition.
 
 
-@given(cases())
+@given(cases(lengths=LENGTHS[1:]))
 @many
 def test_attention_is_the_library_call_bit_for_bit(case):
     B, H, G, S, D = case.dims
@@ -212,6 +212,31 @@ def test_attention_is_the_library_call_bit_for_bit(case):
             query, key, value, *arguments[:3], scale=arguments[3], enable_gqa=G > 1
         )
         assert torch.equal(kvfx.attention(query, key, value, *arguments), library)
+
+
+@given(cases(), st.sampled_from([1, 3]), st.sampled_from(["none", "one", "KV", "all"]), st.booleans(), st.sampled_from([None, 2.0]))
+@many
+def test_a_mask_may_be_one_for_all_heads_or_for_each_kv_head_or_each_head(case, new, heads, additive, softcap):
+    B, H, G, S, D = case.dims
+    query, key, value = case._replace(padding="none").draw((B, H * G, new, D), (B, H, S, D), (B, H, S, D))
+    count = {"none": 1, "one": 1, "KV": H, "all": H * G}[heads]
+    visible = torch.rand(B, count, new, S, generator=torch.Generator().manual_seed(case.seed)) < 0.7
+    visible |= heads == "none"
+    visible[..., 0] |= additive  # only a bool mask says what the sum of nothing is
+    mask = torch.zeros(visible.shape, dtype=case.dtype).masked_fill(~visible, -torch.inf) if additive else visible
+
+    def formula(dtype):
+        out = torch.empty(B, H * G, new, D, dtype=dtype)
+        for head in range(H * G):
+            logits = query[:, head].to(dtype) @ key[:, head // G].to(dtype).mT * D**-0.5
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            seen = visible[:, {1: 0, H: head // G, H * G: head}[count]]
+            weights = logits.masked_fill(~seen, -torch.inf).double().softmax(-1).nan_to_num(0)  # 0 where nothing is seen
+            out[:, head] = weights.to(dtype) @ value[:, head // G].to(dtype)
+        return out
+
+    ours = kvfx.attention(query, key, value, None if heads == "none" else mask, 0.0, False, None, softcap, None)
+    assert_within_rounding(ours, formula(case.dtype), formula(torch.float64))
 
 
 @given(cases(), st.sampled_from([None, 0.5, 30.0]), st.booleans(), st.sampled_from(["none", "causal", "bool", "additive"]))
@@ -236,6 +261,15 @@ def test_attention_with_a_cap_or_sinks_is_what_the_formula_says(case, softcap, h
     ours = kvfx.attention(query, key, value, mask, 0.0, masked == "causal", 0.3, softcap, sinks if has_sinks else None)
     assert ours.dtype == case.dtype
     assert_within_rounding(ours, formula(case.dtype), formula(torch.float64))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_single_query_that_sees_nothing_gets_nothing(softcap):
+    query, key, value = torch.randn(2, 4, 1, 8), *(torch.randn(2, 2, 3, 8) for _ in range(2))
+    mask = torch.tensor([False, True])[:, None, None, None].expand(2, 1, 1, 3)
+    out = kvfx.attention(query, key, value, mask, 0.0, False, None, softcap, None)
+    assert torch.equal(out[0], torch.zeros(4, 1, 8))
+    assert bool((out[1] != 0).all())
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -64,7 +64,16 @@ def assert_right(mask: Tensor | None, empty: bool) -> None:
     size = torch.empty(LENGTH + 1, 0)
     out = torch.ops.kvfx.slot_mask(mask, keys, fresh, prefix, seen - 2, seen, size, empty, KV_HEADS * GROUP)
     expected = by_loop(mask, positions, KV_HEADS * GROUP)
+    if out.shape[1] == KV_HEADS:
+        out = out.repeat_interleave(GROUP, 1)
     assert torch.equal(out.expand_as(expected), expected)
+
+
+def test_a_mask_for_all_heads_becomes_one_per_kv_head():
+    keys, fresh = torch.zeros(ROWS, KV_HEADS, SLOTS, 4), torch.zeros(ROWS, KV_HEADS, NEW, 4)
+    prefix, seen = torch.zeros(ROWS, KV_HEADS, 3, dtype=torch.int32), torch.tensor(SEEN)
+    given = (keys, fresh, prefix, seen - 2, seen, torch.empty(LENGTH + 1, 0), False, KV_HEADS * GROUP)
+    assert torch.ops.kvfx.slot_mask(masks("bool", 1, 1, NEW), *given).shape == (ROWS, KV_HEADS, NEW, SLOTS + NEW)
 
 
 def test_slots_of_a_window_follow_each_other_up_to_the_last_token():
