@@ -17,7 +17,7 @@ from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report, Site
 from kvfx.passes.store_spellings import below, same, taken_apart, writes
-from kvfx.passes.stores import FILLED
+from kvfx.passes.stores import FILLED, length_of
 from kvfx.passes.windows import WINDOW
 
 HIDDEN = -1e4  # what an additive mask at least takes from the logits of a place that it hides; used by decoders in float16
@@ -76,7 +76,7 @@ def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.N
         if whole and not (is_causal and same(length, val(query).shape[2])):
             if is_causal or mask is None or not same(val(mask).shape[-1], places):
                 raise Refuse(f"no mask hides the places of `{inputs(mark)[0].name}` that nothing was written to", key)
-            size = call(graph, aten.sym_size.int, inputs(mark)[1], inputs(mark)[2])
+            size = length_of(inputs(mark)[1], inputs(mark)[2])
             key_of_check = mask, str(length)
             if key_of_check not in checks:
                 behind = call(graph, aten.slice.Tensor, mask, val(mask).dim() - 1, size, sys.maxsize)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from kvfx.passes import capture
 from kvfx.passes.axes import peel
 from kvfx.passes.cache_leaf import MARK
 from kvfx.passes.cache_read import READ
@@ -143,6 +144,7 @@ class _Stores:
         if known is not None:
             with self.graph.inserting_before(node):
                 content = call(self.graph, aten.cat.default, [known.tensor, store.source], store.axis)
+            content.meta["joined"] = True
         self.contents[target] = Content(store.axis, content, store.spelling, conditions)
 
     def _is_kept(self, tensor: fx.Node) -> bool:
@@ -162,10 +164,11 @@ class _Stores:
             with self.graph.inserting_before(node):
                 first: Any = 0
                 if known is not None:
-                    first = call(self.graph, aten.sym_size.int, known.tensor, store.axis)
+                    first = length_of(known.tensor, store.axis)
                 count = call(self.graph, aten.sym_size.int, index, 0)
                 end = call(self.graph, operator.add, first, count)
-                places = call(self.graph, aten.arange.start, first, end, device=val(index).device)
+                with capture.fake_mode_of([val(index)]):
+                    places = call(self.graph, aten.arange.start, first, end, device=val(index).device)
                 self.checked[key] = call(self.graph, aten.all.default, call(self.graph, aten.eq.Tensor, index, places))
         return self.checked[key]
 
@@ -253,6 +256,19 @@ class _Stores:
         if not same(parts[0].start, plus(start, val(front[-1]).shape[axis])):
             return None
         return Store(tensor, axis, start, None, front[-1], "cat")
+
+
+def length_of(content: fx.Node, axis: int) -> fx.Node:
+    """How many places are filled, made at the insertion point of what outlives `read_slots`: the slots held may be fewer."""
+    graph, (past, _) = content.graph, peel(content)
+    if is_call(past, operator.getitem) and is_call(past.args[0], READ):
+        return call(graph, operator.sub, call(graph, aten.sym_size.int, inputs(inputs(past)[0])[5], 0), 1)
+    if content.meta.get("joined"):
+        first, *more = (length_of(part, axis) for part in inputs(content)[0])
+        for length in more:
+            first = call(graph, operator.add, first, length)
+        return first
+    return call(graph, aten.sym_size.int, content, axis)
 
 
 def _is_zero(tensor: fx.Node) -> bool:
