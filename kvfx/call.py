@@ -24,6 +24,7 @@ class Call(NamedTuple):
         pasts: leaves where a cache stands, each with the name of its argument.
         tokens: the leaf that holds the new tokens, [B, S] or [B, S, hidden].
         buffers: names of the module's buffers that the forward writes to.
+        counts: leaves that are the number of tokens seen before, such as `start_pos`.
     """
 
     spec: Spec
@@ -31,6 +32,11 @@ class Call(NamedTuple):
     pasts: tuple[tuple[int, str], ...]
     tokens: int
     buffers: tuple[str, ...]
+    counts: tuple[int, ...] = ()
+
+    def behind(self, held: int, leaves: list[Any]) -> Call:
+        """This call behind `held` tokens: whatever number among its leaves equals that is taken for it, and may vary."""
+        return self._replace(buffers=(), counts=tuple(index for index, leaf in enumerate(leaves) if type(leaf) is int and leaf == held))
 
 
 def take_cache(kwargs: dict[str, Any]) -> tuple[Cache | None, dict[str, Any]]:

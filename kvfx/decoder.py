@@ -112,9 +112,10 @@ class DecoderRunner:
         held = 0 if cache is None else self._check(cache, call, batch)
         refuse_padding(leaves, call, held)
         if cache is not None:
-            for leaf, _ in call.pasts:
+            call = call.behind(held, leaves)
+            for leaf in (*(leaf for leaf, _ in call.pasts), *call.counts):
                 leaves[leaf] = None
-            return self._append(cache, call._replace(buffers=()), leaves)
+            return self._append(cache, call, leaves)
         if self.policy.batch_coupled and batch > 1:
             raise InputError(f"{self.policy.name} needs one row, got {batch} rows: {self.policy.batch_coupled}")
         if length < self.policy.least_tokens:

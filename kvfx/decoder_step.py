@@ -45,6 +45,8 @@ def step(
         filled = past.form.fill(slots, [other.clone() for other in past.others], slots_of(past.size))
         for leaf, name in call.pasts:
             values[leaf] = filled[name] if past.form.places else filled
+        for leaf in call.counts:
+            values[leaf] = slots_of(past.size)
         if BUFFERS in past.form.places:
             held = filled[BUFFERS]
     args, kwargs = tree.build(call.spec, values)

@@ -23,7 +23,7 @@ from kvfx.passes.cache_write import LIBRARY
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report
-from kvfx.passes.store_spellings import WHOLE, Store, below, plus, same, size, store_of, taken_apart, viewed, whole_cat, writes
+from kvfx.passes.store_spellings import WHOLE, Part, Store, below, plus, same, size, store_of, taken_apart, viewed, whole_cat, writes
 from kvfx.passes.windows import SHIFTED, WINDOW, note_shift, window_of
 
 LIBRARY.define("filled(Tensor buffer, Tensor content, int axis, Tensor[] conditions) -> Tensor")
@@ -98,7 +98,7 @@ class _Stores:
                 self._forget(target, f"`{target.name}` is changed by `{node.name}`, which is no known way to write a cache")
             elif is_call(node, aten.slice.Tensor, aten.narrow.default) and self._read(node):
                 continue
-            elif is_call(node, aten.clone.default) and below(inputs(node)[0]) in self.contents and not taken_apart(inputs(node)[0])[1]:
+            elif is_call(node, aten.clone.default) and below(inputs(node)[0]) in self.contents and not _apart(inputs(node)[0])[1]:
                 self.contents[node] = self.contents[below(inputs(node)[0])]
             elif is_call(node, MARK):
                 self._note_leaf(node)
@@ -119,13 +119,13 @@ class _Stores:
             target.meta[WINDOW] = window
             return
         if store.axis == WHOLE:
-            source, parts = taken_apart(store.source)
+            source, parts = _apart(store.source)
             if parts or not (source in self.contents or {SHIFTED, WINDOW} & source.meta.keys()):
                 raise Refuse(f"`{node.name}` fills `{tensor.name}` with what no known write made", node)
             target.meta |= {name: source.meta[name] for name in (SHIFTED, WINDOW) if name in source.meta}
             if source in self.contents:
                 content = self.contents[source]
-                self.contents[target] = content._replace(spelling="cat" if content.spelling == "cat" else "copy")
+                self.contents[target] = content
             return
         held = 0 if known is None else val(known.tensor).shape[store.axis]
         length, conditions = val(store.source).shape[store.axis], known.conditions if known else ()
@@ -174,7 +174,7 @@ class _Stores:
 
     def _read(self, node: fx.Node) -> bool:
         """Replace a read of the filled places; whether it is one."""
-        tensor, parts = taken_apart(node)
+        tensor, parts = _apart(node)
         content = self.contents.get(tensor)
         if content is None or content.conditions or len(parts) != 1 or parts[0] is None or not self._is_steady(node, tensor, content):
             return False
@@ -209,7 +209,7 @@ class _Stores:
 
     def _note_leaf(self, mark: fx.Node) -> None:
         leaf = inputs(mark)[0]
-        tensor, parts = taken_apart(leaf)
+        tensor, parts = _apart(leaf)
         if WINDOW in tensor.meta:
             mark.meta[WINDOW] = tensor.meta[WINDOW]
         content = self.contents.get(tensor)
@@ -248,7 +248,7 @@ class _Stores:
         if len(tensors) not in (2, 3):
             return None
         *front, rest = tensors
-        tensor, parts = taken_apart(rest)
+        tensor, parts = _apart(rest)
         known = self.contents.get(tensor)
         start = 0 if known is None else val(known.tensor).shape[axis]
         if len(parts) != 1 or parts[0] is None or parts[0].axis != axis or front[:-1] != ([known.tensor] if known else []):
@@ -269,6 +269,12 @@ def length_of(content: fx.Node, axis: int) -> fx.Node:
             first = call(graph, operator.add, first, length)
         return first
     return call(graph, aten.sym_size.int, content, axis)
+
+
+def _apart(node: fx.Node) -> tuple[fx.Node, list[Part | None]]:
+    """As `taken_apart`, below the mark on a tensor whose content is known."""
+    tensor, parts = taken_apart(node)
+    return (inputs(tensor)[0] if is_call(tensor, FILLED) else tensor), parts
 
 
 def _is_zero(tensor: fx.Node) -> bool:
@@ -294,18 +300,21 @@ def _drop_needless_copies(graph: fx.Graph) -> None:
 
 
 def drop_unread(graph: fx.Graph) -> None:
-    """Remove writes to tensors that nothing reads."""
+    """Remove writes to tensors that nothing reads but what is written to them."""
+    written: dict[fx.Node, list[fx.Node]] = {}
+    todo = [graph.output_node()]
+    for node in graph.nodes:
+        if writes(node):
+            written.setdefault(below(node), []).append(node)
+        if node.op == "call_function" and node.is_impure() and (not writes(node) or below(node).op != "call_function"):
+            todo.append(node)
+    alive: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node not in alive:
+            alive.add(node)
+            todo += node.all_input_nodes
+            todo += written.get(below(node), [])
     for node in reversed(list(graph.nodes)):
-        if writes(node) and not node._erased:
-            tensor = below(inputs(node)[0])
-            if tensor.op != "placeholder" and _only_written(tensor):
-                graph.erase_node(node)
-                graph.eliminate_dead_code()
-
-
-def _only_written(tensor: fx.Node) -> bool:
-    """Whether all uses of a tensor, its views and what writes to it return, are writes whose results nothing reads."""
-    for user in tensor.users:
-        if viewed(user) is not tensor or not _only_written(user):
-            return False
-    return True
+        if node.op == "call_function" and node not in alive:
+            graph.erase_node(node)
