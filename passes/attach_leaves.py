@@ -35,7 +35,7 @@ def attach_leaves(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         return
     layer, has_past = 0, bool(graph.find_nodes(op="call_function", target=READ))
     for site in report.sites:
-        if site.refusal:
+        if site.refusal or site.window is not None:
             continue
         keys, values = (peel(node)[0] for node in inputs(site.nodes["attention"])[1:3])
         # Of sites that read the same keys, the first makes the choice; keys that are the values too are none of these forms.

@@ -7,7 +7,6 @@ where to write goes on behind the tokens seen: no graph can know it beforehand.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import fx
@@ -18,7 +17,7 @@ from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report, Site
 from kvfx.passes.store_spellings import below, same, taken_apart, writes
 from kvfx.passes.stores import FILLED, length_of
-from kvfx.passes.windows import WINDOW
+from kvfx.passes.windows import WINDOW, Window
 
 HIDDEN = -1e4  # what an additive mask at least takes from the logits of a place that it hides; used by decoders in float16
 PLACES = (
@@ -35,19 +34,20 @@ def shorten_reads(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Give attention what the filled places of a cache hold, and its mask's columns of them; refuse where nothing hides the others."""
     graph = module.graph
     checks: dict[tuple[fx.Node, str], fx.Node] = {}
+    windows = {node.meta[WINDOW].source: node.meta[WINDOW] for node in graph.nodes if WINDOW in node.meta}
     for site in report.sites:
         try:
-            _shorten(graph, site, checks)
+            _shorten(graph, site, checks, windows)
         except Refuse as refuse:
             site.refusal = refuse.reason
     for mark in graph.find_nodes(op="call_function", target=FILLED):
         replace(mark, inputs(mark)[0])
 
 
-def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.Node]) -> None:
+def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.Node], windows: dict[fx.Node, Window]) -> None:
     attention = site.nodes["attention"]
     query, key, value, mask, dropout, is_causal, *rest = inputs(attention)
-    _note_window(site, key, value)
+    _note_window(site, key, value, windows)
     if site.window is not None:
         return
     found = [_filled(node) for node in (key, value)]
@@ -108,15 +108,19 @@ def _filled(node: fx.Node) -> tuple[fx.Node, Order, bool] | None:
     return tensor, order, False
 
 
-def _note_window(site: Site, key: fx.Node, value: fx.Node) -> None:
-    """Say so where attention reads a sliding window that the decoder keeps itself."""
-    tensors = [below(peel(node)[0]) for node in (key, value)]
-    windows: list[Any] = [tensor.meta.get(WINDOW) for tensor in tensors]
-    if None in windows or windows[0][1:] != windows[1][1:] or not isinstance(windows[0][1], int):
-        return
+def _note_window(site: Site, key: fx.Node, value: fx.Node, windows: dict[fx.Node, Window]) -> None:
+    """Say so where attention reads a sliding window that the decoder keeps itself, or all new tokens of which it keeps the last."""
+    found = [_window(site, below(peel(node)[0]), windows) for node in (key, value)]
+    if found[0] is not None and found[1] is not None and found[0][1:3] == found[1][1:3] and isinstance(found[0].places, int):
+        site.window, site.cache = found[0].places, found[0].spelling
+
+
+def _window(site: Site, tensor: fx.Node, windows: dict[fx.Node, Window]) -> Window | None:
     last = site.nodes["attention"]
-    if not any(writes(user) and user > last for tensor in tensors for user in tensor.users):
-        site.window, site.cache = windows[0][1:]
+    held: Window | None = tensor.meta.get(WINDOW)
+    if held is not None and any(writes(user) and user > last for user in tensor.users):
+        return None
+    return held or windows.get(tensor)
 
 
 def _insist(graph: fx.Graph, condition: fx.Node, message: str) -> None:

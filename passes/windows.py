@@ -5,16 +5,32 @@ Such a cache holds the last tokens at any time. No policy touches it; it is reco
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from kvfx.passes.graph import aten, inputs, is_call, val
 from kvfx.passes.report import Refuse
-from kvfx.passes.store_spellings import Store, same, size, taken_apart, whole_cat
+from kvfx.passes.store_spellings import WHOLE, Store, below, same, size, taken_apart, whole_cat
 
-# Keys of `meta`: the axis and the amount by which a tensor was moved along; the axis and places of a window with new ones at its end.
+# Keys of `meta`: the axis and the amount by which a tensor was moved along; the `Window` that a tensor holds.
 SHIFTED, WINDOW = "shifted", "window"
+
+
+class Window(NamedTuple):
+    """The last tokens in a tensor, new ones at its end.
+
+    Attributes:
+        axis: along which they stand.
+        places: how many there are.
+        spelling: how the others were moved along.
+        source: what the new ones are taken from.
+    """
+
+    axis: int
+    places: Any
+    spelling: str
+    source: fx.Node
 
 
 def note_shift(node: fx.Node) -> bool:
@@ -29,17 +45,17 @@ def note_shift(node: fx.Node) -> bool:
             tensor, parts = taken_apart(tensors[0])
             if len(parts) == 1 and parts[0] is not None and parts[0].axis == axis and same(parts[0].start, val(tensors[1]).shape[axis]):
                 if same(val(tensor).shape[axis], val(node).shape[axis]):
-                    node.meta[WINDOW] = axis, val(node).shape[axis], "cat"
+                    node.meta[WINDOW] = Window(axis, val(node).shape[axis], "cat", below(tensors[1]))
     return False
 
 
-def window_of(node: fx.Node, store: Store) -> tuple[int, Any, str] | None:
-    """The window that a write makes of what was moved along: its axis, how many places it has, and its spelling.
+def window_of(node: fx.Node, store: Store) -> Window | None:
+    """The window that a write makes of what was moved along.
 
     Raises:
         Refuse: it was moved by another number of places than are written.
     """
-    if SHIFTED not in store.tensor.meta or store.axis == -1:
+    if SHIFTED not in store.tensor.meta or store.axis == WHOLE:
         return None
     axis, shift = store.tensor.meta[SHIFTED]
     places, length = val(store.tensor).shape[axis], val(store.source).shape[axis]
@@ -50,4 +66,4 @@ def window_of(node: fx.Node, store: Store) -> tuple[int, Any, str] | None:
             f"{shift} along {axis}; expected as many, at its end",
             node,
         )
-    return axis, places, "roll"
+    return Window(axis, places, "roll", below(store.source))
