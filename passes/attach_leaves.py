@@ -18,7 +18,7 @@ from kvfx.passes.cache_write import WRITE
 from kvfx.passes.graph import aten, call, inputs, is_call, replace_outputs, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report, Site
-from kvfx.passes.stores import drop_unread
+from kvfx.passes.unread import drop_unread
 from kvfx.passes.windows import WINDOW
 
 Mark = tuple[fx.Node, Order]  # and the order in which it sees the axes of what it marks

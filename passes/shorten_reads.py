@@ -7,6 +7,7 @@ where to write goes on behind the tokens seen: no graph can know it beforehand.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report, Site
 from kvfx.passes.store_spellings import below, same, taken_apart, writes
-from kvfx.passes.stores import FILLED, length_of
+from kvfx.passes.stores import COPIES, FILLED, length_of
 from kvfx.passes.windows import WINDOW, Window
 
 HIDDEN = -1e4  # what an additive mask at least takes from the logits of a place that it hides; used by decoders in float16
@@ -53,9 +54,9 @@ def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.N
     found = [_filled(node) for node in (key, value)]
     if found[0] is None or found[1] is None:
         for node in (key, value):
-            reason = below(peel(node)[0]).meta.get("unknown")
-            if reason:
-                raise Refuse(reason, node)
+            for tensor in _tensors(node):
+                if tensor.meta.get("unknown"):
+                    raise Refuse(tensor.meta["unknown"], node)
         if found != [None, None]:
             raise Refuse(f"of `{key.name}` and `{value.name}` only one is a cache whose places are known to be filled", key)
         for node in (key, value):
@@ -67,12 +68,18 @@ def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.N
         if axes.index(inputs(node)[2]) != 2:
             if same(val(inputs(node)[1]).shape[inputs(node)[2]], val(node).shape[inputs(node)[2]]):
                 return  # filled up, so that nothing is to be left out
-            raise Refuse(f"`{inputs(node)[0].name}` is filled along axis {inputs(node)[2]}, which is not attention's axis of keys", node)
+            raise Refuse(
+                f"`{inputs(node)[0].name}` is filled along axis {inputs(node)[2]}, which is not attention's axis of keys", node
+            )
     places, length = val(mark).shape[inputs(mark)[2]], val(inputs(mark)[1]).shape[inputs(mark)[2]]
     if whole != value_whole or not same(length, val(inputs(value_mark)[1]).shape[inputs(value_mark)[2]]):
         raise Refuse(f"`{key.name}` and `{value.name}` are filled to different places", key)
     conditions = [*inputs(mark)[3], *inputs(value_mark)[3]]
     with graph.inserting_before(attention):
+        for condition in conditions:
+            if (condition, "") not in checks:
+                _insist(graph, condition, PLACES)
+                checks[condition, ""] = condition
         if whole and not (is_causal and same(length, val(query).shape[2])):
             if is_causal or mask is None or not same(val(mask).shape[-1], places):
                 raise Refuse(f"no mask hides the places of `{inputs(mark)[0].name}` that nothing was written to", key)
@@ -85,10 +92,6 @@ def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.N
                 _insist(graph, call(graph, aten.all.default, hidden), UNWRITTEN)
                 checks[key_of_check] = call(graph, aten.slice.Tensor, mask, val(mask).dim() - 1, 0, size)
             mask = checks[key_of_check]
-        for condition in conditions:
-            if (condition, "") not in checks:
-                _insist(graph, condition, PLACES)
-                checks[condition, ""] = condition
         key, value = ordered(inputs(mark)[1], order), ordered(inputs(value_mark)[1], value_order)
     attention.args = (query, key, value, mask, dropout, is_causal, *rest)
     site.cache = inputs(mark)[1].meta["spelling"]
@@ -108,9 +111,16 @@ def _filled(node: fx.Node) -> tuple[fx.Node, Order, bool] | None:
     return tensor, order, False
 
 
+def _tensors(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that `node` is a view or a copy of."""
+    yield (node := below(node))
+    while is_call(node, *COPIES):
+        yield (node := below(inputs(node)[0]))
+
+
 def _note_window(site: Site, key: fx.Node, value: fx.Node, windows: dict[fx.Node, Window]) -> None:
     """Say so where attention reads a sliding window that the decoder keeps itself, or all new tokens of which it keeps the last."""
-    found = [_window(site, below(peel(node)[0]), windows) for node in (key, value)]
+    found = [next(filter(None, (_window(site, tensor, windows) for tensor in _tensors(node))), None) for node in (key, value)]
     if found[0] is not None and found[1] is not None and found[0][1:3] == found[1][1:3] and isinstance(found[0].places, int):
         site.window, site.cache = found[0].places, found[0].spelling
 

@@ -23,7 +23,21 @@ from kvfx.passes.cache_write import LIBRARY
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report
-from kvfx.passes.store_spellings import WHOLE, Part, Store, below, plus, same, size, store_of, taken_apart, viewed, whole_cat, writes
+from kvfx.passes.store_spellings import (
+    WHOLE,
+    Part,
+    Store,
+    below,
+    plus,
+    same,
+    size,
+    store_of,
+    taken_apart,
+    viewed,
+    whole_cat,
+    writes,
+)
+from kvfx.passes.unread import drop_needless_copies
 from kvfx.passes.windows import SHIFTED, WINDOW, note_shift, window_of
 
 LIBRARY.define("filled(Tensor buffer, Tensor content, int axis, Tensor[] conditions) -> Tensor")
@@ -57,7 +71,7 @@ def forward_stores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """
     _Stores(module.graph).run()
     if module.graph.find_nodes(op="call_function", target=MARK):
-        _drop_needless_copies(module.graph)
+        drop_needless_copies(module.graph)
 
 
 @dataclass
@@ -118,6 +132,8 @@ class _Stores:
         if window is not None:
             target.meta[WINDOW] = window
             return
+        if below(store.source) is tensor:
+            raise Refuse(f"`{node.name}` writes a part of `{tensor.name}` to itself", node)
         if store.axis == WHOLE:
             source, parts = _apart(store.source)
             if parts or not (source in self.contents or {SHIFTED, WINDOW} & source.meta.keys()):
@@ -131,14 +147,17 @@ class _Stores:
         length, conditions = val(store.source).shape[store.axis], known.conditions if known else ()
         start = store.start
         if known and known.axis != store.axis:
-            raise Refuse(f"`{node.name}` writes along axis {store.axis} of `{tensor.name}`, where tokens stand along {known.axis}", node)
+            raise Refuse(
+                f"`{node.name}` writes along axis {store.axis} of `{tensor.name}`, where tokens stand along {known.axis}", node
+            )
         if store.index is not None:
             if known is None and self.has_past:
                 raise Refuse(f"`{node.name}` writes at places that an argument says, to a tensor that holds no known past", node)
             start, conditions = held, (*conditions, self._counts_on(node, store.index, known, store))
         if not same(start, held):
             raise Refuse(
-                f"`{node.name}` writes to `{tensor.name}` from place {size(start)} on, where {held} are filled: expected the next one", node
+                f"`{node.name}` writes to `{tensor.name}` from place {size(start)} on, where {held} are filled: expected the next one",
+                node,
             )
         content = store.source
         if known is not None:
@@ -176,7 +195,13 @@ class _Stores:
         """Replace a read of the filled places; whether it is one."""
         tensor, parts = _apart(node)
         content = self.contents.get(tensor)
-        if content is None or content.conditions or len(parts) != 1 or parts[0] is None or not self._is_steady(node, tensor, content):
+        if (
+            content is None
+            or content.conditions
+            or len(parts) != 1
+            or parts[0] is None
+            or not self._is_steady(node, tensor, content)
+        ):
             return False
         axis, start, end = parts[0]
         if axis != content.axis or not same(start, 0) or not same(end, val(content.tensor).shape[axis]):
@@ -287,34 +312,3 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
         yield user
         if viewed(user) is not None and user.args[0] is node and isinstance(val(user), Tensor):
             yield from _readers(user)
-
-
-def _drop_needless_copies(graph: fx.Graph) -> None:
-    """Let what reads a copy of an argument read the argument, if nothing writes to the copy."""
-    written = {below(inputs(node)[0]) for node in graph.nodes if writes(node)}
-    for copy in graph.find_nodes(op="call_function", target=aten.clone.default):
-        source: fx.Node = inputs(copy)[0]
-        alike = source.op == "placeholder" and str(val(copy).stride()) == str(val(source).stride())
-        if alike and not {copy, source} & written and len(copy.args) == 1 and not copy.kwargs:
-            replace(copy, source)
-
-
-def drop_unread(graph: fx.Graph) -> None:
-    """Remove writes to tensors that nothing reads but what is written to them."""
-    written: dict[fx.Node, list[fx.Node]] = {}
-    todo = [graph.output_node()]
-    for node in graph.nodes:
-        if writes(node):
-            written.setdefault(below(node), []).append(node)
-        if node.op == "call_function" and node.is_impure() and (not writes(node) or below(node).op != "call_function"):
-            todo.append(node)
-    alive: set[fx.Node] = set()
-    while todo:
-        node = todo.pop()
-        if node not in alive:
-            alive.add(node)
-            todo += node.all_input_nodes
-            todo += written.get(below(node), [])
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node not in alive:
-            graph.erase_node(node)
