@@ -1,4 +1,4 @@
-"""A compressed decoder without transformers code: any `nn.Module` that returns its past keys and values grown, or writes to them."""
+"""A compressed decoder without transformers code: any `nn.Module` that returns its past grown, or writes to it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer
 from kvfx.cache_step import took
 from kvfx.call import Call, call_of, check_place, refuse_padding, take_cache
-from kvfx.decoder_step import may_be_cache, step
+from kvfx.decoder_step import caches_in_buffers, may_be_cache, step
 from kvfx.engine import STORE_ALL, Engine, StepKey
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import Owner
 from kvfx.form import BUFFERS, Past, form_of
-from kvfx.passes import capture
 from kvfx.passes.cache_leaf import Role, role_of
 from kvfx.passes.cache_write import size_of
 from kvfx.passes.capture import mark_dynamic
@@ -100,10 +99,11 @@ class DecoderRunner:
         """A forward of the decoder: evicts if no cache is given, else appends."""
         if self.base.training:
             raise UnsupportedModel("the model is in training mode; call model.eval() first")
-        cache, kwargs = take_cache(kwargs)
+        given, kwargs = take_cache(kwargs)
+        cache: Any = given
         leaves = [packed(leaf) if isinstance(leaf, Tensor) else leaf for leaf in tree.leaves_of((args, kwargs))]
         if cache is None and self.buffers is None and not any(isinstance(leaf, Cache) for leaf in leaves):
-            self.buffers = self._written(args, kwargs)
+            self.buffers = caches_in_buffers(self.base, args, kwargs)
         call = call_of(self.base, args, kwargs, leaves, () if cache is not None else self.buffers or ())
         if cache is None and call.pasts:
             cache = leaves[call.pasts[0][0]]
@@ -121,19 +121,6 @@ class DecoderRunner:
         if length < self.policy.least_tokens:
             raise InputError(f"{self.policy.name} scores prompts of at least {self.policy.least_tokens} tokens, got {length}")
         return self._prefill(call, leaves)
-
-    def _written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the buffers that are the decoder's cache: all that it writes to, if some may be keys or values."""
-        if not any(may_be_cache(buffer) for buffer in self.base.buffers()):
-            return ()
-        try:
-            names = capture.written_buffers(self.base, args, kwargs)
-        except Exception as error:
-            raise UnsupportedModel(
-                f"{self.engine.name} has buffers that may be its cache, and whether it writes to them cannot be told: a forward on "
-                f"shapes alone failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-        return names if any(may_be_cache(tree.attribute(self.base, name)) for name in names) else ()
 
     def _check(self, cache: Cache, call: Call, batch: int) -> int:
         """The tokens that a cache has seen, if it may be given to this decoder with so many rows."""

@@ -1,4 +1,4 @@
-"""One forward of a decoder written by hand, as it is traced."""
+"""One forward of a decoder written by hand, as it is traced, and which of the decoder's buffers are its cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from kvfx import tree
 from kvfx.call import Call
+from kvfx.errors import UnsupportedModel
 from kvfx.form import BUFFERS, Past
+from kvfx.passes import capture
 from kvfx.passes.cache_write import slots_of
 
 Marks = list[tuple[Tensor, Tensor, Tensor, Tensor] | None]
@@ -57,7 +59,7 @@ def step(
     state = {
         name: argument
         for name, argument in zip(call.names, [*args, *kwargs.values()], strict=True)
-        if (name in past.form.places if past is not None else any([may_be_cache(leaf) for leaf in tree.leaves_of(argument)]))
+        if (name in past.form.places if past is not None else any(map(may_be_cache, tree.leaves_of(argument))))
     }
     if held:
         state[BUFFERS] = {name: tree.attribute(module, name) for name in held}
@@ -71,3 +73,21 @@ def step(
 def may_be_cache(leaf: Any) -> bool:
     """Whether a leaf of a tree may be a layer's keys or values."""
     return isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.is_floating_point()
+
+
+def caches_in_buffers(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names of all buffers that a decoder writes to, if some of them may be keys or values.
+
+    Raises:
+        UnsupportedModel: that cannot be told.
+    """
+    if not any(map(may_be_cache, module.buffers())):
+        return ()
+    try:
+        names = capture.written_buffers(module, args, kwargs)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"{type(module).__name__} has buffers that may be its cache, and whether it writes to them cannot be told: a forward "
+            f"on shapes alone failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
+    return names if any(may_be_cache(tree.attribute(module, name)) for name in names) else ()

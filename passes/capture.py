@@ -143,7 +143,7 @@ def written_buffers(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[s
     """Names of the buffers that a forward of `module` writes to or replaces. It runs on shapes alone, and nothing is written."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
-    state = {name: mode.from_tensor(tensor.detach()) for name, tensor in own.items()}
+    state: dict[str, Tensor] = {name: mode.from_tensor(tensor.detach()) for name, tensor in own.items()}
     before = {name: (state[name], state[name]._version) for name, _ in module.named_buffers()}
     args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
     with mode, torch.no_grad():

@@ -1,7 +1,7 @@
 """Let attention read what was written to a preallocated cache, where the model reads all of its places.
 
-The mask hides the places that nothing was written to. That it does is checked when the graph runs, as is that an argument which says
-where to write goes on behind the tokens seen: no graph can know it beforehand.
+The mask hides the places that nothing was written to. That it does is checked when the graph runs, as is that an argument which
+says where to write goes on behind the tokens seen: no graph can know it beforehand.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import torch
 from torch import fx
 
 from kvfx.passes.axes import Order, ordered, peel
+from kvfx.passes.content import COPIES, FILLED, length_of
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report, Site
 from kvfx.passes.store_spellings import below, same, taken_apart, writes
-from kvfx.passes.stores import COPIES, FILLED, length_of
 from kvfx.passes.windows import WINDOW, Window
 
 HIDDEN = -1e4  # what an additive mask at least takes from the logits of a place that it hides; used by decoders in float16
 PLACES = (
-    "kvfx: an argument says at which places of its cache the decoder writes, and they are not the next ones behind the tokens seen. "
-    "Expected start, start + 1, ..., where start is the number of tokens seen"
+    "kvfx: an argument says at which places of its cache the decoder writes, and they are not the next ones behind the tokens "
+    "seen. Expected start, start + 1, ..., where start is the number of tokens seen"
 )
 UNWRITTEN = (
-    "kvfx: the mask lets a query see places of the cache that nothing was written to yet. Expected False, or a large negative number, "
-    "behind the last token"
+    "kvfx: the mask lets a query see places of the cache that nothing was written to yet. Expected False, or a large negative "
+    "number, behind the last token"
 )
 
 
 def shorten_reads(module: fx.GraphModule, plan: Plan, report: Report) -> None:
-    """Give attention what the filled places of a cache hold, and its mask's columns of them; refuse where nothing hides the others."""
+    """Give attention what the filled places of a cache hold, and its mask's columns; refuse where nothing hides the others."""
     graph = module.graph
     checks: dict[tuple[fx.Node, str], fx.Node] = {}
     windows = {node.meta[WINDOW].source: node.meta[WINDOW] for node in graph.nodes if WINDOW in node.meta}
@@ -51,19 +51,19 @@ def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.N
     _note_window(site, key, value, windows)
     if site.window is not None:
         return
-    found = [_filled(node) for node in (key, value)]
-    if found[0] is None or found[1] is None:
+    key_found, value_found = _filled(key), _filled(value)
+    if key_found is None or value_found is None:
         for node in (key, value):
             for tensor in _tensors(node):
                 if tensor.meta.get("unknown"):
                     raise Refuse(tensor.meta["unknown"], node)
-        if found != [None, None]:
+        if key_found is not value_found:
             raise Refuse(f"of `{key.name}` and `{value.name}` only one is a cache whose places are known to be filled", key)
         for node in (key, value):
             if "spelling" in peel(node)[0].meta:
                 site.cache = peel(node)[0].meta["spelling"]
         return
-    (mark, order, whole), (value_mark, value_order, value_whole) = found
+    (mark, order, whole), (value_mark, value_order, value_whole) = key_found, value_found
     for node, axes in ((mark, order), (value_mark, value_order)):
         if axes.index(inputs(node)[2]) != 2:
             if same(val(inputs(node)[1]).shape[inputs(node)[2]], val(node).shape[inputs(node)[2]]):

@@ -22,8 +22,8 @@ class Store(NamedTuple):
     Attributes:
         tensor: what is written to, below all views.
         axis: along which consecutive places are written; WHOLE if all are.
-        start: the first of them, a number or a node; None if `index` says it.
-        index: a tensor of the places, [n], whose numbers the graph cannot know.
+        start: the first of them, a number or a node; None if `places` says it.
+        places: a tensor of them, [n], whose numbers the graph cannot know.
         source: what is written, with the axes of `tensor`.
         spelling: what a report calls it.
     """
@@ -31,7 +31,7 @@ class Store(NamedTuple):
     tensor: fx.Node
     axis: int
     start: Any
-    index: fx.Node | None
+    places: fx.Node | None
     source: fx.Node
     spelling: str
 
@@ -97,7 +97,7 @@ def _by_indices(node: fx.Node, spelling: str) -> Store:
 
 def _by_scatter(node: fx.Node, spelling: str) -> Store:
     defaults: list[Any] = [None, None, 0, None, None, 1]
-    place, source, axis, start, end, step = inputs(node) + defaults[len(node.args) :]
+    place, source, axis, start, _, step = inputs(node) + defaults[len(node.args) :]
     if step != 1:
         raise Refuse(f"`{node.name}` writes at every {step}th place, expected consecutive ones", node)
     if str(val(source).shape) == str(val(place).shape):

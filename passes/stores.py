@@ -10,22 +10,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from kvfx.passes import capture
 from kvfx.passes.axes import peel
 from kvfx.passes.cache_leaf import MARK
 from kvfx.passes.cache_read import READ
-from kvfx.passes.cache_write import LIBRARY
+from kvfx.passes.content import COPIES, FILLED, MADE, Content, apart, length_of
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report
 from kvfx.passes.store_spellings import (
     WHOLE,
-    Part,
     Store,
     below,
     plus,
@@ -39,29 +37,6 @@ from kvfx.passes.store_spellings import (
 )
 from kvfx.passes.unread import drop_needless_copies
 from kvfx.passes.windows import SHIFTED, WINDOW, note_shift, window_of
-
-LIBRARY.define("filled(Tensor buffer, Tensor content, int axis, Tensor[] conditions) -> Tensor")
-torch.library.register_fake("kvfx::filled", lambda buffer, content, axis, conditions: torch.empty_like(buffer))
-COPIES = (aten.clone.default, aten.alias.default, aten.detach.default, aten.to.dtype, aten._to_copy.default)
-MADE = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.empty.memory_format, aten.empty_like.default,
-        aten.new_empty.default, aten.full.default, aten.full_like.default, aten.new_full.default)  # fmt: skip
-FILLED = torch.ops.kvfx.filled.default
-
-
-class Content(NamedTuple):
-    """What the first places of a preallocated tensor hold along one axis.
-
-    Attributes:
-        axis: along which tokens stand.
-        tensor: what was written to the first places.
-        spelling: how.
-        conditions: bools [] that have to be true for this to be so.
-    """
-
-    axis: int
-    tensor: fx.Node
-    spelling: str
-    conditions: tuple[fx.Node, ...] = ()
 
 
 def forward_stores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
@@ -112,7 +87,7 @@ class _Stores:
                 self._forget(target, f"`{target.name}` is changed by `{node.name}`, which is no known way to write a cache")
             elif is_call(node, aten.slice.Tensor, aten.narrow.default) and self._read(node):
                 continue
-            elif is_call(node, aten.clone.default) and below(inputs(node)[0]) in self.contents and not _apart(inputs(node)[0])[1]:
+            elif is_call(node, aten.clone.default) and below(inputs(node)[0]) in self.contents and not apart(inputs(node)[0])[1]:
                 self.contents[node] = self.contents[below(inputs(node)[0])]
             elif is_call(node, MARK):
                 self._note_leaf(node)
@@ -135,7 +110,7 @@ class _Stores:
         if below(store.source) is tensor:
             raise Refuse(f"`{node.name}` writes a part of `{tensor.name}` to itself", node)
         if store.axis == WHOLE:
-            source, parts = _apart(store.source)
+            source, parts = apart(store.source)
             if parts or not (source in self.contents or {SHIFTED, WINDOW} & source.meta.keys()):
                 raise Refuse(f"`{node.name}` fills `{tensor.name}` with what no known write made", node)
             target.meta |= {name: source.meta[name] for name in (SHIFTED, WINDOW) if name in source.meta}
@@ -144,27 +119,27 @@ class _Stores:
                 self.contents[target] = content
             return
         held = 0 if known is None else val(known.tensor).shape[store.axis]
-        length, conditions = val(store.source).shape[store.axis], known.conditions if known else ()
-        start = store.start
+        start, conditions = store.start, known.conditions if known else ()
         if known and known.axis != store.axis:
             raise Refuse(
                 f"`{node.name}` writes along axis {store.axis} of `{tensor.name}`, where tokens stand along {known.axis}", node
             )
-        if store.index is not None:
+        if store.places is not None:
             if known is None and self.has_past:
                 raise Refuse(f"`{node.name}` writes at places that an argument says, to a tensor that holds no known past", node)
-            start, conditions = held, (*conditions, self._counts_on(node, store.index, known, store))
+            start, conditions = held, (*conditions, self._counts_on(node, store.places, known, store))
         if not same(start, held):
             raise Refuse(
-                f"`{node.name}` writes to `{tensor.name}` from place {size(start)} on, where {held} are filled: expected the next one",
+                f"`{node.name}` writes to `{tensor.name}` from place {size(start)} on, where {held} are "
+                "filled: expected the next one",
                 node,
             )
-        content = store.source
+        filled = store.source
         if known is not None:
             with self.graph.inserting_before(node):
-                content = call(self.graph, aten.cat.default, [known.tensor, store.source], store.axis)
-            content.meta["joined"] = True
-        self.contents[target] = Content(store.axis, content, store.spelling, conditions)
+                filled = call(self.graph, aten.cat.default, [known.tensor, store.source], store.axis)
+            filled.meta["joined"] = True
+        self.contents[target] = Content(store.axis, filled, store.spelling, conditions)
 
     def _is_kept(self, tensor: fx.Node) -> bool:
         """Whether a tensor outlives the forward: an argument or a copy of one, or one that is made of nothing and returned."""
@@ -193,7 +168,7 @@ class _Stores:
 
     def _read(self, node: fx.Node) -> bool:
         """Replace a read of the filled places; whether it is one."""
-        tensor, parts = _apart(node)
+        tensor, parts = apart(node)
         content = self.contents.get(tensor)
         if (
             content is None
@@ -225,7 +200,7 @@ class _Stores:
             node.replace_input_with(given, self.marked[tensor])
 
     def _is_steady(self, node: fx.Node, tensor: fx.Node, content: Content) -> bool:
-        """Whether nothing is written to a tensor, nor to what filled it, between `node` and the last that reads it through views."""
+        """Whether nothing is written to a tensor, nor to what filled it, between `node` and what reads it through views."""
         changes = [write for base in (tensor, below(content.tensor)) for write in self.written.get(base, []) if write > node]
         if not changes or viewed(node) is None:
             return True
@@ -234,7 +209,7 @@ class _Stores:
 
     def _note_leaf(self, mark: fx.Node) -> None:
         leaf = inputs(mark)[0]
-        tensor, parts = _apart(leaf)
+        tensor, parts = apart(leaf)
         if WINDOW in tensor.meta:
             mark.meta[WINDOW] = tensor.meta[WINDOW]
         content = self.contents.get(tensor)
@@ -273,7 +248,7 @@ class _Stores:
         if len(tensors) not in (2, 3):
             return None
         *front, rest = tensors
-        tensor, parts = _apart(rest)
+        tensor, parts = apart(rest)
         known = self.contents.get(tensor)
         start = 0 if known is None else val(known.tensor).shape[axis]
         if len(parts) != 1 or parts[0] is None or parts[0].axis != axis or front[:-1] != ([known.tensor] if known else []):
@@ -281,25 +256,6 @@ class _Stores:
         if not same(parts[0].start, plus(start, val(front[-1]).shape[axis])):
             return None
         return Store(tensor, axis, start, None, front[-1], "cat")
-
-
-def length_of(content: fx.Node, axis: int) -> fx.Node:
-    """How many places are filled, made at the insertion point of what outlives `read_slots`: the slots held may be fewer."""
-    graph, (past, _) = content.graph, peel(content)
-    if is_call(past, operator.getitem) and is_call(past.args[0], READ):
-        return call(graph, operator.sub, call(graph, aten.sym_size.int, inputs(inputs(past)[0])[5], 0), 1)
-    if content.meta.get("joined"):
-        first, *more = (length_of(part, axis) for part in inputs(content)[0])
-        for length in more:
-            first = call(graph, operator.add, first, length)
-        return first
-    return call(graph, aten.sym_size.int, content, axis)
-
-
-def _apart(node: fx.Node) -> tuple[fx.Node, list[Part | None]]:
-    """As `taken_apart`, below the mark on a tensor whose content is known."""
-    tensor, parts = taken_apart(node)
-    return (inputs(tensor)[0] if is_call(tensor, FILLED) else tensor), parts
 
 
 def _is_zero(tensor: fx.Node) -> bool:

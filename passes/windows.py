@@ -41,16 +41,11 @@ def note_shift(node: fx.Node) -> bool:
         return True
     if is_call(node, aten.cat.default):
         tensors, axis = whole_cat(node)
-        if len(tensors) == 2:
-            tensor, parts = taken_apart(tensors[0])
-            if (
-                len(parts) == 1
-                and parts[0] is not None
-                and parts[0].axis == axis
-                and same(parts[0].start, val(tensors[1]).shape[axis])
-            ):
-                if same(val(tensor).shape[axis], val(node).shape[axis]):
-                    node.meta[WINDOW] = Window(axis, val(node).shape[axis], "cat", below(tensors[1]))
+        tensor, parts = taken_apart(tensors[0]) if len(tensors) == 2 else (node, [])
+        part = parts[0] if len(parts) == 1 else None
+        left_out = part is not None and part.axis == axis and same(part.start, val(tensors[1]).shape[axis])
+        if left_out and same(val(tensor).shape[axis], val(node).shape[axis]):
+            node.meta[WINDOW] = Window(axis, val(node).shape[axis], "cat", below(tensors[1]))
     return False
 
 
@@ -67,8 +62,8 @@ def window_of(node: fx.Node, store: Store) -> Window | None:
     at_the_end = same(store.start, -length) or same(store.start, places - length)
     if store.axis != axis or not same(shift, -length) or not at_the_end:
         raise Refuse(
-            f"`{node.name}` writes {length} places from {size(store.start)} on along axis {store.axis} of a tensor that was rolled by "
-            f"{shift} along {axis}; expected as many, at its end",
+            f"`{node.name}` writes {length} places from {size(store.start)} on along axis {store.axis} of a tensor that was rolled "
+            f"by {shift} along {axis}; expected as many, at its end",
             node,
         )
     return Window(axis, places, "roll", below(store.source))

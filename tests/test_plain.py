@@ -251,6 +251,7 @@ class HalfWhole(Preallocated):
         self.blocks[1] = WholeBlock()
 
 
+@pytest.mark.filterwarnings("ignore:1 of 1 cache layers of HalfWhole are compressed")
 def test_a_layer_that_adds_to_its_buffer_keeps_it_whole_and_no_call_writes_to_another_s():
     model = HalfWhole().eval()
     twin, exact = kvfx.compile(model, "knorm:1.0", backend="eager"), copy.deepcopy(model).double()
