@@ -31,8 +31,8 @@ def compile(
 
     Args:
         model: a causal decoder, in eval mode: of transformers, also one that is compiled, weight-only quantised, or adapted by
-            peft; or any `nn.Module` that takes its past keys and values and returns them grown. It is not modified; parameters are
-            shared.
+            peft; or any `nn.Module` that takes its past keys and values and returns them grown, or writes to them. It is not
+            modified; parameters are shared.
         policy: what to keep; text such as `"compactor:0.5"`, a `Policy`, or its dict form. See docs/policy.md.
         backend: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         sketch: per layer a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` for leverage scores, instead of the drawn ones.

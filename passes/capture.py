@@ -19,7 +19,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -139,3 +139,15 @@ def mark_dynamic(tensor: Tensor, *dims: int) -> None:
 def frees_memory_early() -> bool:
     """Whether Inductor orders nodes for peak memory, without which a layer's full cache outlives its layer."""
     return bool(inductor_config.reorder_for_peak_memory)
+
+
+def written_buffers(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the buffers that a forward of `module` writes to or replaces. It runs on shapes alone, and nothing is written."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    state: dict[str, Tensor] = {name: mode.from_tensor(tensor.detach()) for name, tensor in own.items()}
+    before = {name: (state[name], state[name]._version) for name, _ in module.named_buffers()}
+    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    with mode, torch.no_grad():
+        torch.func.functional_call(module, state, tuple(args), kwargs)
+    return tuple(name for name, (tensor, version) in before.items() if state[name] is not tensor or tensor._version != version)
