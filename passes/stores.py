@@ -58,7 +58,8 @@ def forward_stores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
 
 def _join_no_empty(cat: fx.Node) -> None:
     tensors, axis = (*inputs(cat), 0)[:2]
-    full = [tensor for tensor in tensors if str(val(tensor).shape[axis]) != "0"]
+    # An empty tensor of one axis joins tensors of any.
+    full = [tensor for tensor in tensors if str(val(tensor).shape[axis if val(tensor).dim() > 1 else 0]) != "0"]
     if len(full) == 1 < len(tensors) and val(full[0]).dtype == val(cat).dtype:
         replace(cat, full[0])
 
