@@ -1,0 +1,345 @@
+"""Exported programs: what a prefill returns of its keys and values, what stays as it was, and that the result is a program."""
+
+from __future__ import annotations
+
+import copy
+import io
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+import kvfx
+import zoo
+import zoo_plain
+from kvfx import passes
+from kvfx.budget import FLAT, Budget
+from kvfx.errors import PolicyError
+from kvfx.lower import lower, lower_program
+from kvfx.params import Word
+from kvfx.passes.plan import Keep, OpCall, Plan
+from kvfx.policy import as_policy
+from kvfx.presets import PRESETS
+from programs import (
+    EXPORTED_AT,
+    LENGTHS,
+    KeysValues,
+    PlainPrefill,
+    at,
+    exported,
+    kept_of,
+    plan_of,
+    prefill_of,
+    step_of,
+    tensors,
+    whole,
+)
+from yardstick import assert_within_rounding
+
+POLICIES = {
+    "llama": "compactor:0.5",
+    "mistral": "snapkv:0.5 | protect(recent=8)",
+    "qwen3": "expected_attention:0.4",
+    "gemma3": "knorm:0.5",
+    "gpt-oss": "knorm:0.5",
+    "gpt2": "keydiff:0.3",
+}
+QUICK = ("pyramidkv", "criticalkv", "lagkv")  # of the presets, beside those of POLICIES
+STORE_ALL = Plan(None)
+
+
+def twins(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A family's model, and the same in float64."""
+    model = zoo.make(zoo.ROWS[name]).to(dtype)
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")
+    return model, exact
+
+
+def assert_prefills_as(program: ExportedProgram, model: Any, exact: Any, policy: str, ids: Tensor) -> KeysValues:
+    """Assert that the program returns the plain model's logits, and of its keys and values what the compiled model keeps."""
+    cache = kvfx.compile(model, policy, backend="eager", on_refuse="error").compress(ids)
+    logits, kept = program.module()(ids, at(ids.shape[1], rows=ids.shape[0]))
+    (low, low_full), (best, best_full) = whole(model, ids), whole(exact, ids)
+    assert_within_rounding(logits, low, best)
+    for ours, *theirs in zip(kept, kept_of(cache, low_full), kept_of(cache, best_full), strict=True):
+        for part in range(2):
+            assert_within_rounding(ours[part], theirs[0][part], theirs[1][part])
+    return kept
+
+
+def ranges_of(program: ExportedProgram) -> set[tuple[int, float]]:
+    """The smallest and largest values of the program's symbols."""
+    return {(int(bounds.lower), float(bounds.upper)) for bounds in program.range_constraints.values()}
+
+
+def text_of(program: ExportedProgram) -> tuple[str, ...]:
+    """All that a program says of itself."""
+    return str(program.graph), str(program.graph_signature), str(program.range_constraints), str(sorted(program.constants))
+
+
+# -- prefill and decode --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_prefill_program_keeps_at_every_length_what_the_compiled_model_keeps(name):
+    model, exact = twins(name)
+    program = prefill_of(model, zoo.prompt(EXPORTED_AT))
+    report = passes.run(program, plan_of(POLICIES[name], model), check_each=True)
+    windows = [site.window is not None for site in report.sites]
+    assert windows == [kind == "window" for kind in zoo.ROWS[name].layers]
+    assert [bool(site.score) for site in report.sites] == [not window for window in windows]
+    assert not report.reasons()
+    assert not report.narrowed
+    for length in LENGTHS:
+        assert_prefills_as(program, model, exact, POLICIES[name], zoo.prompt(length))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_decode_program_answers_as_before_with_keys_unexpanded(name):
+    model, exact = twins(name)
+    prompt, token = zoo.prompt(EXPORTED_AT), zoo.prompt(1, seed=2)
+    past, best = whole(model, prompt)[1], whole(exact, prompt)[1]
+    program = step_of(model, past)
+    report = passes.run(program, STORE_ALL)
+    assert [site.cache for site in report.sites] == ["cat"] * len(past)
+    assert not report.reasons()
+    logits, grown = program.module()(token, at(1, EXPORTED_AT), past)
+    low = whole(model, torch.cat([prompt, token], 1))[0][:, -1:]
+    assert_within_rounding(logits, low, whole(exact, torch.cat([prompt, token], 1))[0][:, -1:])
+    for (keys, values), held in zip(grown, past, strict=True):
+        assert torch.equal(keys[:, :, :-1], held[0])
+        assert torch.equal(values[:, :, :-1], held[1])
+    assert len(best) == len(grown)
+
+
+def test_a_decode_program_goes_on_from_the_slots_of_a_prefill_program_as_kvfx_does():
+    model, exact = twins("llama")
+    ids, policy = zoo.prompt(40), "knorm:0.5"
+    prefill, compressed = prefill_of(model, zoo.prompt(EXPORTED_AT)), kvfx.compile(model, policy, backend="eager")
+    passes.run(prefill, plan_of(policy, model))
+    held, cache = prefill.module()(ids, at(40))[1], compressed.compress(ids)
+    step = step_of(model, held)
+    passes.run(step, STORE_ALL)
+    best = kvfx.compile(exact, policy, backend="eager")
+    best_cache = best.compress(ids)
+    run = step.module()
+    for index in range(3):
+        token = zoo.prompt(1, seed=index + 2)
+        logits, held = run(token, at(1, 40 + index), held)
+        ours, theirs = (every(token, past_key_values=slots).logits for every, slots in ((compressed, cache), (best, best_cache)))
+        assert_within_rounding(logits, ours, theirs)
+
+
+def test_rows_may_vary_too_and_bfloat16_keeps_what_it_keeps():
+    model, exact = twins("mistral", torch.bfloat16)
+    ids = torch.cat([zoo.prompt(40, seed=seed) for seed in range(3)])
+    program = prefill_of(model, ids[:2, :EXPORTED_AT])
+    assert not passes.run(program, plan_of("knorm:0.5", model)).narrowed
+    for rows, length in ((3, 40), (2, 3)):
+        assert_prefills_as(program, model, exact, "knorm:0.5", ids[:rows, :length])
+
+
+@pytest.mark.parametrize("name", [name if name in ("einsum", "shared") else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in zoo_plain.PLAIN if name != "preallocated"])  # fmt: skip
+def test_decoders_written_by_hand_keep_their_axes(name):
+    row, model = zoo_plain.PLAIN[name], zoo_plain.make(name)
+    ids = torch.randint(0, zoo_plain.VOCABULARY, (2, 40))
+    sizes = {0: Dim.AUTO, 1: Dim.AUTO}
+    program = exported(PlainPrefill(model, row).eval(), ids[:, :EXPORTED_AT], shapes=(sizes,))
+    policy = "knorm | budget=uniform(0.5, shape=pyramid(4))"
+    assert not passes.run(program, lower_program(as_policy(policy), windows=(None, None))).reasons()
+    compressed, exact = kvfx.compile(model, policy, backend="eager", on_refuse="error"), copy.deepcopy(model).double()
+    for length in (2, 40):
+        logits, past = program.module()(ids[:, :length])
+        with torch.no_grad():
+            (low, full), (best, best_full) = row.run(model, ids[:, :length]), row.run(exact, ids[:, :length])
+        assert_within_rounding(logits, low, best)
+        cache = row.run(compressed, ids[:, :length])[1]
+        order = (0, 2, 1, 3) if name == "einsum" else (0, 1, 2, 3)
+        triples = [part for part in zip(past, tensors(full), tensors(best_full), strict=True) if part[0].dim() == 4]
+        for index, parts in enumerate(triples):
+            places = cache.layers[index // 2].positions.long()[..., None].expand(-1, -1, -1, zoo_plain.DIM)
+            ours, *theirs = (part.permute(order) for part in parts)
+            assert_within_rounding(ours, *(part.gather(2, places) for part in theirs))
+
+
+@pytest.mark.parametrize("preset", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS if "@" not in name and name != "none"
+])  # fmt: skip
+def test_no_dense_preset_narrows_the_lengths_of_a_program(preset):
+    model, exact = twins("mistral")
+    program = prefill_of(model, zoo.prompt(EXPORTED_AT), longest=90)
+    policy = f"{preset}:0.5"
+    assert not passes.run(program, plan_of(policy, model)).narrowed
+    assert ranges_of(program) == {(2, 90)}
+    for length in (2, 90):
+        assert_prefills_as(program, model, exact, policy, zoo.prompt(length))
+
+
+def test_a_score_that_needs_more_tokens_narrows_the_lengths_and_says_so():
+    model, _ = twins("mistral")
+    program = prefill_of(model, zoo.prompt(EXPORTED_AT), longest=90)
+    score = lower(as_policy("snapkv@kvpress(window=8)")).score
+    report = passes.run(program, Plan(score, keep=Keep(1, 2)))
+    assert len(report.narrowed) == 1
+    assert "before" in report.narrowed[0]
+    assert (9, 90) in ranges_of(program)
+    with pytest.raises(AssertionError, match=">= 9"):
+        program.module()(zoo.prompt(8), at(8))
+    assert program.module()(zoo.prompt(9), at(9))[1][0][0].shape[2] == 4
+
+
+# -- the result is a program ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rewritten_program_is_saved_loaded_and_decomposed_again():
+    model, _ = twins("mistral")
+    program, plan = prefill_of(model, zoo.prompt(EXPORTED_AT)), plan_of("leverage(8) | budget=uniform(0.5)", model)
+    inputs = program.graph_signature.user_inputs
+    passes.run(program, plan)
+    program.validate()
+    assert program.graph_signature.user_inputs == inputs
+    assert sum("sketch" in name for name in program.constants) == 1
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    want = tensors(program.module()(zoo.prompt(40), at(40)))
+    for other in (loaded, loaded.run_decompositions({})):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(tensors(other.module()(zoo.prompt(40), at(40))), want, strict=True))
+
+
+def test_a_program_of_one_length_is_rewritten_too():
+    model, exact = twins("mistral")
+    ids = zoo.prompt(EXPORTED_AT)
+    from programs import Prefill
+
+    program = exported(Prefill(model).eval(), ids, at(EXPORTED_AT), shapes=({}, {}))
+    passes.run(program, plan_of("knorm:0.5", model))
+    assert_prefills_as(program, model, exact, "knorm:0.5", ids)
+
+
+# -- what is left alone, and what is refused -----------------------------------------------------------------------------------------
+
+
+def test_a_layer_whose_cache_drops_what_left_its_window_stays_whole():
+    model, exact = twins("gemma3")
+    program = prefill_of(model, zoo.prompt(24), windows=True)
+    before = program.module()(zoo.prompt(40), at(40))[1]
+    report = passes.run(program, plan_of("knorm:0.5", model))
+    assert [(site.layer, site.window, bool(site.score)) for site in report.sites] == [(0, zoo.WINDOW, False), (1, None, True)]
+    assert not report.reasons()
+    after = program.module()(zoo.prompt(40), at(40))[1]
+    assert [keys.shape[2] for keys, _ in after] == [zoo.WINDOW - 1, 20]
+    assert torch.equal(after[0][0], before[0][0])
+    assert len(exact.model.layers) == len(after)
+
+
+def test_a_prefill_plan_leaves_a_program_with_a_past_alone_and_says_why():
+    model, _ = twins("mistral")
+    past = whole(model, zoo.prompt(EXPORTED_AT))[1]
+    program = step_of(model, past)
+    want = tensors(program.module()(zoo.prompt(1), at(1, EXPORTED_AT), past))
+    report = passes.run(program, plan_of("knorm:0.5", model))
+    assert not report.compressed
+    assert "keys are of" in report.sites[0].refusal
+    assert "a prefill has no past" in report.sites[0].refusal
+    got = tensors(program.module()(zoo.prompt(1), at(1, EXPORTED_AT), past))
+    assert [tensor.shape for tensor in got] == [tensor.shape for tensor in want]
+
+
+def test_layers_are_left_whole_if_it_is_not_known_which_hold_windows():
+    model, _ = twins("gemma3")
+    program = prefill_of(model, zoo.prompt(EXPORTED_AT))
+    report = passes.run(program, replace(plan_of("knorm:0.5", model), windows=(zoo.WINDOW, None, None)))
+    assert not report.compressed
+    assert all("over 2 cache layers was found, the model has 3" in site.refusal for site in report.sites)
+
+
+def test_a_program_that_is_not_decomposed_is_refused():
+    model, _ = twins("mistral")
+    from programs import Prefill
+
+    with torch.no_grad():
+        program = torch.export.export(Prefill(model).eval(), (zoo.prompt(EXPORTED_AT), at(EXPORTED_AT)))
+    before = text_of(program)
+    with pytest.raises(ValueError, match=r"Run them on program\.run_decompositions\(\{\}\)"):
+        passes.run(program, plan_of("knorm:0.5", model))
+    assert text_of(program) == before
+
+
+def test_a_plan_that_does_not_say_how_much_is_kept_is_refused():
+    model, _ = twins("mistral")
+    program = prefill_of(model, zoo.prompt(EXPORTED_AT))
+    with pytest.raises(ValueError, match="says how much is kept"):
+        passes.run(program, lower(as_policy("knorm:0.5")))
+
+
+@pytest.mark.parametrize("broken", ["insert_eviction", "lower", "validate"])
+def test_a_program_is_as_it_was_if_a_pass_fails(broken, monkeypatch):
+    model, _ = twins("mistral")
+    program, plan = prefill_of(model, zoo.prompt(EXPORTED_AT)), plan_of("leverage(8) | budget=uniform(0.5)", model)
+    before, want = text_of(program), tensors(program.module()(zoo.prompt(40), at(40)))
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with monkeypatch.context() as patch:
+        if broken == "validate":
+            patch.setattr(ExportedProgram, "validate", fail)
+        else:
+            replaced = tuple(fail if apply.__name__ == broken else apply for apply in passes.PREFILL_PROGRAM)
+            fail.__name__ = broken
+            patch.setattr(passes, "PREFILL_PROGRAM", replaced)
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            passes.run(program, plan)
+    assert text_of(program) == before
+    program.validate()
+    assert all(torch.equal(*pair) for pair in zip(tensors(program.module()(zoo.prompt(40), at(40))), want, strict=True))
+    assert passes.run(program, plan).compressed
+
+
+# -- the plan ------------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    length=st.integers(1, 3000), protected=st.integers(0, 70), layers=st.integers(1, 9), pyramid=st.sampled_from([0, 1, 2, 20]),
+    least=st.sampled_from([0, 64]), amount=st.one_of(st.integers(70, 2000), st.fractions(Fraction(1, 1000), 1, max_denominator=1000)),
+)  # fmt: skip
+def test_a_plan_keeps_as_many_as_the_budget_says(length, protected, layers, pyramid, least, amount):
+    shape = Word("pyramid", pyramid) if pyramid else FLAT
+    amounts = {"tokens": amount} if isinstance(amount, int) else {"keep": amount}
+    budget = Budget(shape=shape, least=least if pyramid else 0, **amounts)
+    keep = Keep(
+        *(budget.keep or Fraction(1)).as_integer_ratio(), tokens=budget.tokens or 0, least=protected, pyramid=pyramid,
+        last=budget.least, layers=layers,
+    )  # fmt: skip
+    assert [keep.slots(length, layer) for layer in range(layers)] == budget.counts(length, protected, layers)
+
+
+def test_only_the_plan_of_a_program_knows_how_much_is_kept():
+    half, third = as_policy("compactor:0.5"), as_policy("compactor:0.3")
+    assert lower(half) == lower(third)
+    assert lower_program(half) != lower_program(third)
+    assert lower_program(half).keep == Keep(1, 2, least=12)
+    assert lower_program(as_policy("none")) == STORE_ALL
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ("compactor@kvpress:0.5", "over all rows of a batch at once"),
+        ("knorm@kvpress:0.5", "round=kvpress counts in floats"),
+        ("knorm | budget=uniform(0.5, shape=pyramid(20))", "Pass windows"),
+    ],
+)
+def test_what_no_program_can_do_is_refused_by_name(policy, reason):
+    with pytest.raises(PolicyError, match=reason):
+        lower_program(as_policy(policy))
