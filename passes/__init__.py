@@ -75,17 +75,25 @@ def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: boo
     Raises:
         ValueError: an exported program is not decomposed, or `plan` does not say how much a prefill keeps.
     """
-    report = Report()
     if isinstance(module, ExportedProgram):
-        if plan.score is not None and plan.keep is None:
-            raise ValueError("a plan for an exported prefill says how much is kept: Plan(..., keep=Keep(1, 2)); this one does not")
-        with capture.editing(module) as narrowed:
-            copied = open_program(module)
-            _apply(PREFILL_PROGRAM if plan.score is not None else OTHER_PROGRAM, copied, plan, report, check_each)
-            commit(module, copied)
-        report.narrowed = tuple(narrowed)
-    else:
-        _apply(PIPELINE, module, plan, report, check_each)
+        try:
+            return _run_exported(module, plan, check_each)
+        except capture.NeedsSizes:
+            return _run_exported(module, plan, check_each, ask_small=True)
+    report = Report()
+    _apply(PIPELINE, module, plan, report, check_each)
+    return report
+
+
+def _run_exported(program: ExportedProgram, plan: Plan, check_each: bool, ask_small: bool = False) -> Report:
+    if plan.score is not None and plan.keep is None:
+        raise ValueError("a plan for an exported prefill says how much is kept: Plan(..., keep=Keep(1, 2)); this one does not")
+    report = Report()
+    with capture.editing(program, ask_small) as narrowed:
+        copied = open_program(program)
+        _apply(PREFILL_PROGRAM if plan.score is not None else OTHER_PROGRAM, copied, plan, report, check_each)
+        commit(program, copied)
+    report.narrowed = tuple(narrowed)
     return report
 
 

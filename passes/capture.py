@@ -24,11 +24,13 @@ from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound, ShapeEnv
 from torch.utils import _pytree as pytree
 
 Compiled = Callable[..., Any]
 Rewrite = Callable[[fx.GraphModule], None]
+# An op took a size for unknown, because it could not ask.
+NeedsSizes = (PendingUnbackedSymbolNotFound, GuardOnDataDependentSymNode)
 SMALL = 128  # a condition on a length is tried on so many; what ops need are a few tokens, or nothing
 
 
@@ -145,11 +147,18 @@ def frees_memory_early() -> bool:
 
 
 @contextlib.contextmanager
-def editing(program: ExportedProgram) -> Iterator[list[str]]:
+def editing(program: ExportedProgram, ask_small: bool = False) -> Iterator[list[str]]:
     """While nodes are traced into a program: let its symbols be asked about, and forget the answers if the edit fails.
 
-    Whether a size is 0 or 1 is not asked: a graph that is right for neither would not serve every length. Once the context ends, the
-    list that it gives holds, as text, where the symbols may vary less than before; `range_constraints` of the program say so too.
+    Once the context ends, the list that it gives holds, as text, where the symbols may vary less than before; `range_constraints` of
+    the program say so too.
+
+    Args:
+        program: what is edited.
+        ask_small: whether ops may ask if a size is 0 or 1, or below another. Most need not, and then serve every length.
+
+    Raises:
+        NeedsSizes: an op has to ask.
     """
     shapes, narrowed = _get_shape_env_from_gm(program.graph_module), list[str]()
     if shapes is None:  # no size varies
@@ -158,9 +167,10 @@ def editing(program: ExportedProgram) -> Iterator[list[str]]:
     guards, ranges, frozen = len(shapes.guards), dict(shapes.var_to_range), shapes.frozen
     shapes.frozen = False  # which would let conditions pass unseen
     try:
-        with shape_config.patch(backed_size_oblivious=True):
+        with shape_config.patch(backed_size_oblivious=not ask_small):
             yield narrowed
     except BaseException:
+        shapes.pending_fresh_unbacked_symbols.clear()
         del shapes.guards[guards:]
         shapes.var_to_range.update(ranges)
         shapes._update_version_counter()

@@ -144,9 +144,7 @@ def _uncounted(plan: Plan, layers: int) -> str:
     return f"attention over {layers} cache layers was found, the model has {len(plan.windows)}; which is which is not known"
 
 
-def _write(
-    module: fx.GraphModule, plan: Plan, site: Site, layer: int, results: dict[fx.Node, list[Result]], problem: str
-) -> None:
+def _write(module: fx.GraphModule, plan: Plan, site: Site, layer: int, results: dict[fx.Node, list[Result]], problem: str) -> None:
     attention, graph = site.nodes["attention"], module.graph
     query, key, value = inputs(attention)[:3]
     keys, values = peel(key), peel(value)
