@@ -57,8 +57,8 @@ def lower_program(policy: Policy, windows: Sequence[int | None] = (), sketches: 
 
     Args:
         policy: what to keep.
-        windows: of each cache layer the tokens that its sliding window sees, or None, as `hf.windows` lists them. Layers with windows
-            are left whole. If none are given, all layers are taken to see everything.
+        windows: of each cache layer the tokens that its sliding window sees, or None, as `hf.windows` lists them. Layers with
+            windows are left whole. If none are given, all layers are taken to see everything.
         sketches: see `lower`.
 
     Raises:
@@ -82,8 +82,8 @@ def lower_program(policy: Policy, windows: Sequence[int | None] = (), sketches: 
         )
     if budget.shape.arg and not windows:
         raise PolicyError(
-            f"shape={budget.shape} shares a budget out over the layers of a model, and their number is not given. Pass windows, one "
-            "entry for each layer of the cache: hf.windows(model)."
+            f"shape={budget.shape} shares a budget out over the layers of a model, and their number is not given. Pass windows, "
+            "one entry for each layer of the cache: hf.windows(model)."
         )
     share = budget.keep or Fraction(1)
     keep = Keep(

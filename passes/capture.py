@@ -150,8 +150,8 @@ def frees_memory_early() -> bool:
 def editing(program: ExportedProgram, ask_small: bool = False) -> Iterator[list[str]]:
     """While nodes are traced into a program: let its symbols be asked about, and forget the answers if the edit fails.
 
-    Once the context ends, the list that it gives holds, as text, where the symbols may vary less than before; `range_constraints` of
-    the program say so too.
+    Once the context ends, the list that it gives holds, as text, where the symbols may vary less than before; `range_constraints`
+    of the program say so too.
 
     Args:
         program: what is edited.

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind, TensorArgument
 
 from kvfx.passes import capture
-from kvfx.passes.axes import Order, is_straight, ordered, peel
+from kvfx.passes.axes import Order, ordered, peel
 from kvfx.passes.cache_read import WINDOW
 from kvfx.passes.cache_write import WRITE, size_of
 from kvfx.passes.graph import aten, call, inline, inputs, is_call, slice_of, val
@@ -104,7 +104,7 @@ def _lift_constants(program: ExportedProgram, module: fx.GraphModule) -> list[tu
 def write_results(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Number the cache layers; mark the storing of results that are keys and values of a site as a cache marks it.
 
-    A layer is a pair of keys and values that attention reads, in graph order. Layers that hold windows, by the plan, are left whole.
+    A layer is a pair of keys and values that attention reads, in graph order. Those that hold windows, by the plan, are left whole.
     """
     results = _results(module)
     layers: dict[tuple[fx.Node, fx.Node], int] = {}

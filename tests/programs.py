@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ class Prefill(nn.Module):
 
     def forward(self, ids: Tensor, position_ids: Tensor) -> tuple[Tensor, KeysValues]:
         cache = DynamicCache(config=self.model.config) if self.windows else DynamicCache()
-        out = self.model(input_ids=ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
+        takes = inspect.signature(type(self.model).forward).parameters
+        options = {"position_ids": position_ids} if "position_ids" in takes else {}
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
         return out.logits, [(layer.keys, layer.values) for layer in cache.layers]
 
 
