@@ -39,7 +39,8 @@ def open_program(program: ExportedProgram) -> fx.GraphModule:
             "read functional ATen. Run them on program.run_decompositions({}), whose empty table leaves attention whole."
         )
     graph = fx.Graph()
-    copied = graph.graph_copy(program.graph, known := {}, return_output_node=True)
+    known: dict[fx.Node, fx.Node] = {}
+    copied = graph.graph_copy(program.graph, known, return_output_node=True)
     assert isinstance(copied, tuple)
     outputs, old = copied
     graph.output(outputs).meta.update(old.meta)
@@ -80,7 +81,7 @@ def commit(program: ExportedProgram, module: fx.GraphModule) -> None:
 
 def _lift_constants(program: ExportedProgram, module: fx.GraphModule) -> list[tuple[int, InputSpec, Tensor]]:
     """Make arguments of the tensors that the passes put into the graph: which argument, what it is, and its value."""
-    graph, lifted = module.graph, []
+    graph, lifted = module.graph, list[tuple[int, InputSpec, Tensor]]()
     specs = program.graph_signature.input_specs
     first = next((place for place, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT), len(specs))
     places = graph.find_nodes(op="placeholder")
@@ -166,17 +167,17 @@ def _write(module: fx.GraphModule, plan: Plan, site: Site, layer: int, results: 
     keep, positions = plan.keep, _positions(module, site)
 
     def given(key: Tensor) -> tuple[Tensor, Tensor]:
-        index = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(key.shape[0], -1)
-        return index, size_of(keep.slots(key.shape[2], layer), key.device)
+        counted = torch.arange(key.shape[2], dtype=torch.int32, device=key.device).expand(key.shape[0], -1)
+        return counted, size_of(keep.slots(key.shape[2], layer), key.device)
 
-    index, size = inline(graph, capture.trace(given, val(key)).graph, [key], before=attention)
+    counted, size = inline(graph, capture.trace(given, val(key)).graph, [key], before=attention)
     with graph.inserting_before(attention):
         if positions is not None:
-            index = call(graph, aten._to_copy.default, positions, dtype=torch.int32)
-        write = call(graph, WRITE, key, value, index, None, size, layer)
+            counted = call(graph, aten._to_copy.default, positions, dtype=torch.int32)
+        write = call(graph, WRITE, key, value, counted, None, size, layer)
         outputs = list(inputs(graph.output_node())[0])
-        for output, (tensor, order) in enumerate((keys, values)):
-            stored = call(graph, operator.getitem, write, output)
+        for index, (tensor, order) in enumerate((keys, values)):
+            stored = call(graph, operator.getitem, write, index)
             for place, axes in results[tensor]:
                 outputs[place] = ordered(stored, tuple(order.index(axis) for axis in axes))
     graph.output_node().args = (tuple(outputs),)
