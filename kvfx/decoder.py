@@ -1,4 +1,4 @@
-"""A compressed decoder without transformers code: any `nn.Module` that takes its past keys and values and returns them grown."""
+"""A compressed decoder without transformers code: any `nn.Module` that returns its past keys and values grown, or writes to them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from kvfx import tree
 from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer
 from kvfx.cache_step import took
-from kvfx.call import Call, call_of, refuse_padding
+from kvfx.call import Call, call_of, check_place, refuse_padding, take_cache
+from kvfx.decoder_step import may_be_cache, step
 from kvfx.engine import STORE_ALL, Engine, StepKey
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import Owner
-from kvfx.form import Past, form_of
+from kvfx.form import BUFFERS, Past, form_of
+from kvfx.passes import capture
 from kvfx.passes.cache_leaf import Role, role_of
-from kvfx.passes.cache_write import size_of, slots_of
+from kvfx.passes.cache_write import size_of
 from kvfx.passes.capture import mark_dynamic
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Stranded
@@ -29,49 +31,17 @@ from kvfx.runner import check_finite, check_owner, packed
 from kvfx.tree import Spec
 
 
-def step(
-    module: nn.Module, call: Call, leaves: list[Any], past: Past | None, seen: Tensor, sizes: list[Tensor]
-) -> tuple[Any, list[tuple[Tensor, Tensor, Tensor, Tensor] | None], Tensor]:
-    """One forward, as it is traced.
-
-    Args:
-        module: a decoder.
-        call: how it is called.
-        leaves: the leaves of its arguments.
-        past: the slots held; None in a prefill.
-        seen: tokens seen per row, [B] int64.
-        sizes: how many slots each layer shall hold of the new tokens, see `passes.cache_write`; none if all.
-
-    Returns:
-        What the module returns; for each leaf of it that may be keys or values, the outputs of `passes.cache_leaf`, else None; the
-        tokens seen after it.
-    """
-    # A decoder may write to what it is given. To copies then, which the passes take out where it does not.
-    values = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    length = values[call.tokens].shape[1]
-    positions = (seen[:, None] + torch.arange(length, device=seen.device)).int()
-    if past is not None:
-        slots = [
-            torch.ops.kvfx.cache_read(keys, values, prefix, past.start, seen, past.size, index, False, False)
-            for index, (keys, values, prefix) in enumerate(past.layers)
-        ]
-        values[call.past] = past.form.fill(slots, [other.clone() for other in past.others], slots_of(past.size))
-    args, kwargs = tree.build(call.spec, values)
-    out = module(*args, **kwargs)
-    marks = [torch.ops.kvfx.cache_leaf(leaf, positions, sizes) if _may_be_cache(leaf) else None for leaf in tree.leaves_of(out)]
-    return out, marks, seen + length
-
-
-def _may_be_cache(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() == 4 and leaf.is_floating_point()
-
-
 class CompressedDecoder(nn.Module):
     """What `kvfx.compile` returns for a decoder that is no transformers model.
 
     Called as the decoder itself is. Without a past it compresses; from a `kvfx.Cache` where the decoder takes its past it goes on,
     and new tokens are appended whole. What the decoder returns as its past is replaced by a `kvfx.Cache`: the largest element of
     its output that holds all keys and values, but not all else. The cache that was given stays as it was, as a past does.
+
+    A decoder may also write to preallocated caches and return none. It then returns `out, cache` here. If its caches are arguments,
+    it is first called with empty ones, which stay empty, and later with the `kvfx.Cache` in place of each argument that held any of
+    them. If they are buffers of the module, which stay as they are, later calls are given `past=cache`. Where such a decoder takes
+    the places to write to as an argument, they have to be the next ones: other numbers raise an `InputError`.
 
     The first tensor among the arguments that has two axes or more is taken for the new tokens, `[B, S]` or `[B, S, hidden]`. Rows
     have equal lengths: padding is refused where a boolean mask `[B, S]` or `[B, tokens seen + S]` shows it.
@@ -92,7 +62,8 @@ class CompressedDecoder(nn.Module):
         """Compress a prompt: the forward without a past.
 
         Returns:
-            What the decoder returns, with a `kvfx.Cache` in place of its own past.
+            What the decoder returns, with a `kvfx.Cache` in place of its own past; of a decoder that returns no past, a tuple of
+            what it returns and the cache.
 
         Raises:
             CacheMismatch: a cache was given.
@@ -122,21 +93,28 @@ class DecoderRunner:
     engine: Engine
     on_refuse: str
     layers: int = 0
+    buffers: tuple[str, ...] | None = None
     accepted: tuple[Any, Owner | None] = (None, None)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the decoder: evicts if no cache is given, else appends."""
         if self.base.training:
             raise UnsupportedModel("the model is in training mode; call model.eval() first")
+        cache, kwargs = take_cache(kwargs)
         leaves = [packed(leaf) if isinstance(leaf, Tensor) else leaf for leaf in tree.leaves_of((args, kwargs))]
-        call = call_of(tree.spec_of((args, kwargs)), leaves)
+        if cache is None and self.buffers is None and not any(isinstance(leaf, Cache) for leaf in leaves):
+            self.buffers = self._written(args, kwargs)
+        call = call_of(self.base, args, kwargs, leaves, () if cache is not None else self.buffers or ())
+        if cache is None and call.pasts:
+            cache = leaves[call.pasts[0][0]]
         tokens = leaves[call.tokens]
         batch, length = tokens.shape[:2]
-        cache: Any = leaves[call.past] if call.past >= 0 else None
-        held = 0 if cache is None else self._check(cache, batch)
+        held = 0 if cache is None else self._check(cache, call, batch)
         refuse_padding(leaves, call, held)
         if cache is not None:
-            leaves[call.past] = None
+            call = call.behind(held, leaves)
+            for leaf in (*(leaf for leaf, _ in call.pasts), *call.counts):
+                leaves[leaf] = None
             return self._append(cache, call, leaves)
         if self.policy.batch_coupled and batch > 1:
             raise InputError(f"{self.policy.name} needs one row, got {batch} rows: {self.policy.batch_coupled}")
@@ -144,7 +122,20 @@ class DecoderRunner:
             raise InputError(f"{self.policy.name} scores prompts of at least {self.policy.least_tokens} tokens, got {length}")
         return self._prefill(call, leaves)
 
-    def _check(self, cache: Cache, batch: int) -> int:
+    def _written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the buffers that are the decoder's cache: all that it writes to, if some may be keys or values."""
+        if not any(may_be_cache(buffer) for buffer in self.base.buffers()):
+            return ()
+        try:
+            names = capture.written_buffers(self.base, args, kwargs)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{self.engine.name} has buffers that may be its cache, and whether it writes to them cannot be told: a forward on "
+                f"shapes alone failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        return names if any(may_be_cache(tree.attribute(self.base, name)) for name in names) else ()
+
+    def _check(self, cache: Cache, call: Call, batch: int) -> int:
         """The tokens that a cache has seen, if it may be given to this decoder with so many rows."""
         if cache.form is None:
             raise CacheMismatch(
@@ -152,6 +143,7 @@ class DecoderRunner:
                 "decoder. Compress the context again with this one."
             )
         check_owner(cache, self)
+        check_place(cache, call)
         if cache.batch_size != batch:
             raise CacheMismatch(f"the cache has {cache.batch_size} rows, the new tokens {batch}")
         return cache.get_seq_length()
@@ -193,17 +185,34 @@ class DecoderRunner:
             mark_dynamic(size, 0)
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.dim() > 1:
-                mark_dynamic(leaf, *((0,) if phase == "decode" else (0, 1)))
+                mark_dynamic(leaf, *((0,) if phase == "decode" or may_be_cache(leaf) else (0, 1)))
+            elif isinstance(leaf, Tensor) and leaf.dim() == 1 and phase != "decode" and leaf.shape[0] == leaves[call.tokens].shape[1]:
+                mark_dynamic(leaf, 0)  # says where each new token is written
         on_refuse = self.on_refuse if sizes else "warn"  # where nothing is evicted, nothing can be refused
         key = StepKey(phase, plan, on_refuse, ("layers",) if len(sizes) > 1 else ())
-        out, marks, seen = self.engine.run_step(key, step, self.base, call, leaves, past, cache.lengths_seen, sizes)
+        (out, state), marks, seen = self._run(key, call, leaves, past, cache.lengths_seen, sizes)
         roles = [None if mark is None else role_of(mark[3]) for mark in marks]
         held = [layer.slots for layer in cache.layers]
         spec, returned = tree.spec_of(out), tree.leaves_of(out)
-        path, first = self._element(spec, returned, roles, past)
+        split = len(returned)
+        places: tuple[str, ...] = ()
+        if any(role is not None and role.is_slots for role in roles[:split]):
+            if BUFFERS in state:
+                raise UnsupportedModel(f"{self.engine.name} returns keys and values, and writes to its buffers {list(call.buffers)} too")
+            roles, marks = roles[:split], marks[:split]
+            path, first = self._element(spec, returned, roles)
+        else:
+            state, chosen = self._kept_in(state, roles[split:])
+            spec, returned = Spec("tuple", tuple, (), (spec, tree.spec_of(state))), [*returned, *tree.leaves_of(state)]
+            roles, marks = [*[None] * split, *(roles[split + index] for index in chosen)], [*marks[:split], *(marks[split + index] for index in chosen)]
+            path, first, places = [1], split, tuple(state)
+        if past is not None:
+            known = {tuple(role) for role in roles if role is not None and role.is_slots}
+            if known != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"} or places != past.form.places:
+                raise UnsupportedModel(f"{self.engine.name} returns other keys and values, behind a past, than it did of the prompt")
         part = slice(first, first + tree.count(tree.at(spec, path)))
         for role, mark in zip(roles, marks, strict=True):
-            if role is None or role.kind == "other":
+            if role is None or not role.is_slots:
                 continue
             while len(cache.layers) <= role.layer:
                 cache.layers.append(CacheLayer())
@@ -216,27 +225,45 @@ class DecoderRunner:
         tokens = leaves[call.tokens]
         ids = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
         took(cache, ids, None, seen, tokens.shape[1], held or [0] * len(cache.layers))
-        cache.form, cache.others = form_of(tree.at(spec, path), returned[part], roles[part], cache.get_seq_length())
         if sizes:
-            self._judge(cache)
+            self._judge(returned[part], roles[part])
+        cache.form, cache.others = form_of(tree.at(spec, path), returned[part], roles[part], cache.get_seq_length(), places)
         returned[part] = [cache]
         return tree.build(tree.without(spec, path), returned)
 
-    def _element(self, spec: Spec, returned: list[Any], roles: Sequence[Role | None], past: Past | None) -> tuple[list[int], int]:
+    def _run(self, key: StepKey, *arguments: Any) -> Any:
+        try:
+            return self.engine.run_step(key, step, self.base, *arguments)
+        except RuntimeError as error:  # of an assertion in the graph
+            if "kvfx: " not in str(error):
+                raise
+            raise InputError(str(error)[str(error).index("kvfx: ") + 6 :]) from error
+
+    def _kept_in(self, state: dict[str, Any], roles: Sequence[Role | None]) -> tuple[dict[str, Any], list[int]]:
+        """The arguments and buffers in which a decoder keeps its past, by name; and which of the leaves of all are theirs."""
+        name, kept, chosen, first = self.engine.name, {}, list[int](), 0
+        for place, held in state.items():
+            leaves = range(first, first + len(tree.leaves_of(held)))
+            if any((role := roles[leaf]) is not None and role.is_slots for leaf in leaves):
+                kept[place] = held
+                chosen += leaves
+            first += len(leaves)
+        if kept:
+            return kept, chosen
+        if any(role is not None and role.kind == "window" for role in roles):
+            raise UnsupportedModel(f"all cache layers of {name} hold sliding windows, which no policy touches")
+        raise UnsupportedModel(
+            f"{name} returns no keys and values that an attention reads, so there is no cache to compress. Expected a decoder "
+            "that returns its past, [B, heads, tokens, channels] in any order, in tuples, lists, dicts, named tuples, "
+            "dataclasses or classes registered with torch's or optree's trees; or one that writes to arguments or buffers of its "
+            "own, and returns none."
+        )
+
+    def _element(self, spec: Spec, returned: list[Any], roles: Sequence[Role | None]) -> tuple[list[int], int]:
         """The way to the element of the output that is the decoder's past, and its first leaf."""
         name = self.engine.name
-        found = [index for index, role in enumerate(roles) if role is not None and role.kind != "other"]
+        found = [index for index, role in enumerate(roles) if role is not None and role.is_slots]
         others = [index for index, leaf in enumerate(returned) if isinstance(leaf, Tensor) and index not in found]
-        if not found:
-            raise UnsupportedModel(
-                f"{name} returns no keys and values that an attention reads, so there is no cache to compress. Expected a decoder "
-                "that returns its past, [B, heads, tokens, channels] in any order, in tuples, lists, dicts, named tuples, "
-                "dataclasses or classes registered with torch's or optree's trees."
-            )
-        if past is not None:
-            known = {tuple(role) for role in roles if role is not None and role.kind != "other"}
-            if known != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"}:
-                raise UnsupportedModel(f"{name} returns other keys and values, behind a past, than it did of the prompt")
         element = tree.element_with(spec, found, others)
         if element is None:
             raise UnsupportedModel(
@@ -245,9 +272,10 @@ class DecoderRunner:
             )
         return element
 
-    def _judge(self, cache: Cache) -> None:
+    def _judge(self, past: Sequence[Any], roles: Sequence[Role | None]) -> None:
         """Complain about tensors that may be keys or values and were not understood."""
-        whole = [tuple(tensor.shape) for tensor in cache.others if tensor.dim() > 2 and tensor.is_floating_point()]
+        unknown = [leaf for leaf, role in zip(past, roles, strict=True) if role is None or role.kind == "other"]
+        whole = [tuple(leaf.shape) for leaf in unknown if isinstance(leaf, Tensor) and leaf.dim() > 2 and leaf.is_floating_point()]
         if whole:
             text = f"{self.engine.name} returns, with its past, tensors {whole} that no attention found reads; they are kept whole"
             if self.on_refuse == "error":

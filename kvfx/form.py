@@ -16,6 +16,8 @@ from kvfx.errors import ArtifactError
 from kvfx.passes.cache_leaf import Role
 from kvfx.tree import Spec
 
+BUFFERS = "buffers of the module"  # in place of an argument's name
+
 
 @dataclass(frozen=True)
 class Form:
@@ -26,10 +28,13 @@ class Form:
         leaves: what stands at each leaf: ("slots", kind, layer, capacity, axes) as in `passes.cache_leaf.Role`; ("length",), a
             number that counts the tokens seen; ("tensor", i), the i-th tensor that is neither keys nor values; or ("value", what
             it is).
+        places: where the decoder keeps its past if it does not return it: names of arguments that it writes to, and `BUFFERS`.
+            The tree is then a dict with what stands at each; of buffers, a dict of them by name.
     """
 
     spec: Spec
     leaves: tuple[tuple[Any, ...], ...]
+    places: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -56,7 +61,7 @@ class Form:
         Raises:
             ArtifactError: something in it has no plain description.
         """
-        data = {"spec": _spec_data(self.spec), "leaves": [list(leaf) for leaf in self.leaves]}
+        data = {"spec": _spec_data(self.spec), "leaves": [list(leaf) for leaf in self.leaves], "places": list(self.places)}
         for leaf in self.leaves:
             if leaf[0] == "value" and not (leaf[1] is None or isinstance(leaf[1], (bool, int, float, str))):
                 raise ArtifactError(
@@ -73,7 +78,7 @@ class Form:
             ArtifactError: a class of the decoder's own is not there.
         """
         leaves = [tuple(tuple(part) if isinstance(part, list) else part for part in leaf) for leaf in data["leaves"]]
-        return cls(_spec_of_data(data["spec"]), tuple(leaves))
+        return cls(_spec_of_data(data["spec"]), tuple(leaves), tuple(data.get("places", ())))
 
 
 class Past(NamedTuple):
@@ -94,12 +99,14 @@ class Past(NamedTuple):
     size: Tensor
 
 
-def form_of(spec: Spec, past: Sequence[Any], roles: Sequence[Role | None], length: int) -> tuple[Form, list[Tensor]]:
+def form_of(
+    spec: Spec, past: Sequence[Any], roles: Sequence[Role | None], length: int, places: tuple[str, ...] = ()
+) -> tuple[Form, list[Tensor]]:
     """The form of a past, given by its leaves, after `length` tokens; and its tensors that are neither keys nor values."""
     leaves: list[tuple[Any, ...]] = []
     others: list[Tensor] = []
     for leaf, role in zip(past, roles, strict=True):
-        if role is not None and role.kind != "other":
+        if role is not None and role.is_slots:
             leaves.append(("slots", *role))
         elif isinstance(leaf, Tensor):
             leaves.append(("tensor", len(others)))
@@ -109,7 +116,7 @@ def form_of(spec: Spec, past: Sequence[Any], roles: Sequence[Role | None], lengt
             leaves.append(("length",))
         else:
             leaves.append(("value", leaf))
-    return Form(spec, tuple(leaves)), others
+    return Form(spec, tuple(leaves), places), others
 
 
 def _arranged(states: Tensor, capacity: int, axes: tuple[int, ...]) -> Tensor:

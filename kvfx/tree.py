@@ -166,3 +166,18 @@ def without(spec: Spec, path: Sequence[int]) -> Spec:
     children = list(spec.children)
     children[path[0]] = without(children[path[0]], path[1:])
     return spec._replace(children=tuple(children))
+
+
+def attribute(module: Any, name: str) -> Any:
+    """The attribute of a dotted name."""
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def set_attribute(module: Any, name: str, value: Any) -> None:
+    """Set the attribute of a dotted name."""
+    *owners, last = name.split(".")
+    for part in owners:
+        module = getattr(module, part)
+    setattr(module, last, value)

@@ -24,6 +24,7 @@ from kvfx.passes.lower import lower
 from kvfx.passes.plan import Plan
 from kvfx.passes.read_slots import read_slots
 from kvfx.passes.report import Report
+from kvfx.passes.shorten_reads import shorten_reads
 from kvfx.passes.stores import forward_stores
 from kvfx.passes.verify import verify
 from kvfx.passes.where import locate
@@ -33,6 +34,7 @@ Pass = Callable[[fx.GraphModule, Plan, Report], None]
 PIPELINE: tuple[Pass, ...] = (
     forward_stores,  # before all: what was written to a part of a tensor is then plain to see where it is read
     find_attention,  # everything else starts from sites
+    shorten_reads,  # before caches: keys are then the new ones, not all places of a buffer
     attach_leaves,  # before caches: makes a write of each returned tensor that is a layer's keys or values
     attach_cache,  # before scores: a site that writes no cache needs none
     read_slots,  # from here on lengths are physical
@@ -45,6 +47,7 @@ PIPELINE: tuple[Pass, ...] = (
 PREFILL_PROGRAM: tuple[Pass, ...] = (
     forward_stores,
     find_attention,
+    shorten_reads,
     write_results,  # before caches: makes a write of each result that is a layer's keys or values
     attach_cache,
     insert_scores,

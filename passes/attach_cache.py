@@ -27,6 +27,8 @@ def attach_cache(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     by_key = {peel(write.args[0]): write for write in writes}
     taken: dict[fx.Node, Site] = {}
     for site in report.sites:
+        if site.refusal:
+            continue
         try:
             _attach(site, by_key, windows, taken)
             if "write" in site.nodes:
@@ -56,13 +58,16 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
     attention = site.nodes["attention"]
     key, value = inputs(attention)[1:3]
     new_key, new_value = peel(key), peel(value)
-    site.cache = "new"
+    if site.window is not None:  # which the decoder keeps itself
+        return
+    spelling = site.cache
+    site.cache = spelling or "new"
     if is_call(new_key[0], aten.cat.default) and is_call(new_value[0], aten.cat.default):
         read, fresh_key = _halves(*new_key, 0)
         values_read, fresh_value = _halves(*new_value, 1)
         if read is not values_read:
             raise Refuse(f"the keys and values that attention reads come from different layers: `{read}`, `{values_read}`", key)
-        site.cache, site.layer = "cat", inputs(read)[6]
+        site.cache, site.layer = spelling or "cat", inputs(read)[6]
         with attention.graph.inserting_before(attention):
             site.nodes |= {"read": read, "key": ordered(*fresh_key), "value": ordered(*fresh_value)}
         new_key, new_value = peel(site.nodes["key"]), peel(site.nodes["value"])
@@ -71,7 +76,7 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
         return
     write = writes.get(new_key)
     if write is None:
-        if site.cache == "new" and not any(user.op == "output" for user in key.users):
+        if "read" not in site.nodes and not any(user.op == "output" for user in key.users):
             raise Refuse(f"the keys `{key.name}` that attention reads are not what a cache stores", key)
         return
     if peel(inputs(write)[1]) != new_value:

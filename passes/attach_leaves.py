@@ -19,6 +19,7 @@ from kvfx.passes.graph import aten, call, inputs, is_call, replace_outputs, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report, Site
 from kvfx.passes.stores import drop_unread
+from kvfx.passes.windows import WINDOW
 
 Mark = tuple[fx.Node, Order]  # and the order in which it sees the axes of what it marks
 
@@ -34,6 +35,8 @@ def attach_leaves(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         return
     layer, has_past = 0, bool(graph.find_nodes(op="call_function", target=READ))
     for site in report.sites:
+        if site.refusal or site.window is not None:
+            continue
         keys, values = (peel(node)[0] for node in inputs(site.nodes["attention"])[1:3])
         # Of sites that read the same keys, the first makes the choice; keys that are the values too are none of these forms.
         if keys not in marks or values not in marks or keys is values or has_past != (_past(keys) is not None):
@@ -47,7 +50,7 @@ def attach_leaves(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     for mark, _ in (mark for rest in marks.values() for mark in rest):
         with graph.inserting_before(mark):
             nothing = call(graph, aten.empty.memory_format, [0], device=val(inputs(mark)[0]).device)
-            replace_outputs(mark, [nothing] * 3 + [_role(graph, Role("other"))])
+            replace_outputs(mark, [nothing] * 3 + [_role(graph, Role("window" if WINDOW in mark.meta else "other"))])
     graph.eliminate_dead_code()
     drop_unread(graph)
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from kvfx.passes.cache_write import LIBRARY
 
 LIBRARY.define("cache_leaf(Tensor leaf, Tensor positions, Tensor[] sizes) -> (Tensor, Tensor, Tensor, Tensor)")
-KINDS = ("other", "key", "value")
+KINDS = ("other", "key", "value", "window")
 
 
 class Role(NamedTuple):
     """What a returned tensor is.
 
     Attributes:
-        kind: "key", "value", or "other".
+        kind: "key", "value", "window" (of keys or values that the decoder moves along itself) or "other".
         layer: whose.
         capacity: tokens that a preallocated tensor has room for; 0 if it grows.
         axes: for each of its axes, which of [B, Hkv, T, D] it is.
@@ -31,6 +31,11 @@ class Role(NamedTuple):
     layer: int = 0
     capacity: int = 0
     axes: tuple[int, ...] = ()
+
+    @property
+    def is_slots(self) -> bool:
+        """Whether it is keys or values of which some may be evicted."""
+        return self.kind in ("key", "value")
 
 
 def cache_leaf(leaf: Tensor, positions: Tensor, sizes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

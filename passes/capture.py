@@ -20,7 +20,7 @@ from torch._export.utils import _get_shape_env_from_gm
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -195,3 +195,15 @@ def _narrowed(shapes: ShapeEnv, symbol: Any, bounds: Any, known: int) -> Any:
             if bad:
                 bounds = type(bounds)(bad[-1] + 1, bounds.upper)
     return bounds
+
+
+def written_buffers(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the buffers that a forward of `module` writes to or replaces. It runs on shapes alone, and nothing is written."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    state = {name: mode.from_tensor(tensor.detach()) for name, tensor in own.items()}
+    before = {name: (state[name], state[name]._version) for name, _ in module.named_buffers()}
+    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    with mode, torch.no_grad():
+        torch.func.functional_call(module, state, tuple(args), kwargs)
+    return tuple(name for name, (tensor, version) in before.items() if state[name] is not tensor or tensor._version != version)

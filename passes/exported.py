@@ -1,14 +1,15 @@
 """Exported programs: a copy of the graph is rewritten as any other, then it and its signature take the place of the program's own.
 
 A program has no place for a cache beside its inputs and results. Its results that are the keys and values that an attention reads
-are the cache; a prefill, run with a plan that has a score, returns what is kept of them instead.
+are the cache; a prefill, run with a plan that has a score, returns what is kept of them instead. Where keys and values are written
+to a preallocated argument, buffer or result, what is kept takes its first places, and the others stay as they were.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -23,8 +24,25 @@ from kvfx.passes.graph import aten, call, inline, inputs, is_call, slice_of, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.pre_rope import rope_of
 from kvfx.passes.report import Refuse, Report, Site
+from kvfx.passes.store_spellings import WHOLE, Store, store_of
 
-Result = tuple[int, Order]  # which of the program's results, and the order in which it sees the axes of what it is
+MUTATIONS = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
+
+
+class Result(NamedTuple):
+    """Where the program returns a tensor.
+
+    Attributes:
+        place: which of its results.
+        order: the order in which that sees the axes of the tensor.
+        store: the write of it to a preallocated tensor, which is what is returned; None if the tensor itself is.
+        outer: the order in which the result sees the axes of the preallocated tensor.
+    """
+
+    place: int
+    order: Order
+    store: Store | None = None
+    outer: Order = ()
 
 
 def open_program(program: ExportedProgram) -> fx.GraphModule:
@@ -48,7 +66,9 @@ def open_program(program: ExportedProgram) -> fx.GraphModule:
         graph.erase_node(check)  # of a type that the graph fixes, but a reader of what the passes would do without
     module = fx.GraphModule(program.graph_module, graph)
     signature = program.graph_signature
-    module.meta["results"] = [i for i, spec in enumerate(signature.output_specs) if spec.kind is OutputKind.USER_OUTPUT]
+    kinds = [spec.kind for spec in signature.output_specs]
+    module.meta["results"] = [index for index, kind in enumerate(kinds) if kind in (OutputKind.USER_OUTPUT, *MUTATIONS)]
+    module.meta["mutations"] = [index for index, kind in enumerate(kinds) if kind in MUTATIONS]
     for spec, node in zip(signature.input_specs, program.graph.find_nodes(op="placeholder"), strict=True):
         meta = known[node].meta
         meta["source"], meta["is_parameter"] = node.name, spec.kind is InputKind.PARAMETER
@@ -127,14 +147,31 @@ def write_results(module: fx.GraphModule, plan: Plan, report: Report) -> None:
 
 
 def _results(module: fx.GraphModule) -> dict[fx.Node, list[Result]]:
-    """What each of the program's results that may be keys or values is, below permutations and copies."""
+    """What each of the program's results that may be keys or values is, below permutations and copies, or a write of."""
     results: dict[fx.Node, list[Result]] = {}
     outputs = inputs(module.graph.output_node())[0]
     for place in module.meta["results"]:
-        if isinstance(outputs[place], fx.Node) and isinstance(val(outputs[place]), Tensor) and val(outputs[place]).dim() == 4:
-            tensor, order = peel(outputs[place])
-            results.setdefault(tensor, []).append((place, order))
+        if not isinstance(outputs[place], fx.Node) or not isinstance(val(outputs[place]), Tensor) or val(outputs[place]).dim() != 4:
+            continue
+        tensor, order = peel(outputs[place])
+        store = _store(tensor)
+        if store is not None:
+            source, inner = peel(store.source)
+            results.setdefault(source, []).append(Result(place, inner, store, order))
+        elif place not in module.meta["mutations"]:  # which cannot shrink
+            results.setdefault(tensor, []).append(Result(place, order))
     return results
+
+
+def _store(tensor: fx.Node) -> Store | None:
+    """The write to some places of a preallocated tensor that `tensor` is the outcome of."""
+    try:
+        store = store_of(tensor)
+        while store is not None and store.axis == WHOLE:  # of what was written to a slice of everything
+            store = store_of(store.source)
+    except Refuse:
+        return None
+    return store
 
 
 def _uncounted(plan: Plan, layers: int) -> str:
@@ -178,8 +215,12 @@ def _write(module: fx.GraphModule, plan: Plan, site: Site, layer: int, results: 
         outputs = list(inputs(graph.output_node())[0])
         for index, (tensor, order) in enumerate((keys, values)):
             stored = call(graph, operator.getitem, write, index)
-            for place, axes in results[tensor]:
-                outputs[place] = ordered(stored, tuple(order.index(axis) for axis in axes))
+            for place, axes, store, outer in results[tensor]:
+                moved = ordered(stored, tuple(order.index(axis) for axis in axes))
+                if store is not None:
+                    held = call(graph, aten.sym_size.int, stored, 2)
+                    moved = ordered(call(graph, aten.slice_scatter.default, store.tensor, moved, store.axis, 0, held), outer)
+                outputs[place] = moved
     graph.output_node().args = (tuple(outputs),)
 
 
@@ -218,5 +259,6 @@ def name_caches(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     layers: dict[fx.Node, Any] = {}
     for site in report.sites:
         key = peel(inputs(site.nodes["attention"])[1])[0]
-        site.cache = "cat" if is_call(key, aten.cat.default) else "new"
+        store = _store(key)
+        site.cache = "cat" if is_call(key, aten.cat.default) else "new" if store is None else store.spelling
         site.layer = layers.setdefault(key, len(layers))

@@ -280,6 +280,43 @@ class Preallocated(Decoder):
         return self.head(self.norm(x)), Buffers(cache.k, cache.v, cache.length + S)
 
 
+# -- gpt-fast: caches are buffers, written at places that an argument says, and read whole behind rows of a table ------------------
+
+
+class BufferedBlock(Block):
+    def setup(self, rows: int, room: int) -> None:
+        for name in ("k_cache", "v_cache"):
+            self.register_buffer(name, torch.zeros(rows, KV_HEADS, room, DIM, dtype=self.out.weight.dtype), persistent=False)
+
+    def forward(self, x: Tensor, input_pos: Tensor, mask: Tensor) -> Tensor:
+        B, S, _ = x.shape
+        h = self.norm_1(x)
+        q, k, v = heads_first(self.q(h), HEADS), heads_first(self.k(h), KV_HEADS), heads_first(self.v(h), KV_HEADS)
+        angles = rope(input_pos)
+        q, k = apply_rotary_pos_emb(q, *angles), apply_rotary_pos_emb(k, *angles)
+        self.k_cache[:, :, input_pos] = k
+        self.v_cache[:, :, input_pos] = v
+        k, v = (cache.repeat_interleave(HEADS // KV_HEADS, dim=1) for cache in (self.k_cache, self.v_cache))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0)
+        return self.feed(x + self.out(y.transpose(1, 2).contiguous().view(B, S, -1)))
+
+
+class GptFast(Decoder):
+    block = BufferedBlock
+    room = 96
+
+    def setup(self, rows: int) -> None:
+        for block in self.blocks:
+            block.setup(rows, self.room)
+        self.register_buffer("causal_mask", torch.ones(self.room, self.room, dtype=torch.bool).tril(), persistent=False)
+
+    def forward(self, idx: Tensor, input_pos: Tensor) -> Tensor:
+        mask, x = self.causal_mask[None, None, input_pos], self.embed(idx)
+        for block in self.blocks:
+            x = block(x, input_pos, mask)
+        return self.head(self.norm(x))
+
+
 # -- layers that read the keys and values of the layer before them -----------------------------------------------------------------
 
 
@@ -331,6 +368,21 @@ class Plain:
         return self.parts(model(tokens, **({} if past is None else {self.past: past})))
 
 
+class Buffered(Plain):
+    """A decoder that holds its caches in buffers and is told the places to write to; its past is here the number of tokens seen."""
+
+    def run(self, model: Any, tokens: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        B, S = tokens.shape
+        is_own = isinstance(model, Decoder)
+        if past is None:
+            (model if is_own else model.base).setup(B)
+        start = 0 if past is None else past if is_own else past.get_seq_length()
+        places = torch.arange(start, start + S)
+        if is_own:
+            return model(tokens, places), start + S
+        return model(tokens, places, **({} if past is None else {"past": past}))
+
+
 PLAIN = {
     "nanoGPT": Plain(NanoGPT, "past"),
     "einsum": Plain(Einsum, "state", "logits", "state"),
@@ -338,6 +390,7 @@ PLAIN = {
     "flat tuple": Plain(Flat, "cache"),
     "dataclass": Plain(Stateful, "state", "logits", "state"),
     "preallocated": Plain(Preallocated, "cache"),
+    "gpt-fast": Buffered(GptFast, "input_pos"),
     "shared": Plain(Shared, "past", layer_of_site=(0, 0, 1, 1)),
 }
 
