@@ -220,7 +220,7 @@ QUICK_DECODERS = ("einsum", "shared")  # other axes, and keys that two layers re
         if name != "preallocated"
     ],
 )
-def test_decoders_written_by_hand_keep_their_axes(name):
+def test_decoders_by_hand_keep_their_axes_as_the_page_of_models_says(name):
     row, model, policy = zoo_plain.PLAIN[name], zoo_plain.make(name), as_policy("knorm | budget=uniform(0.5, shape=pyramid(4))")
     exact, sizes = copy.deepcopy(model).double(), {0: Dim.AUTO, 1: Dim.AUTO}
     ids = torch.stack(
@@ -240,6 +240,7 @@ def test_decoders_written_by_hand_keep_their_axes(name):
         for index, (ours, *theirs) in enumerate(states):
             places = smallest(states[index - index % 2][1], counts[index // 2])
             assert_within_rounding(ours, *(gathered(part, places) for part in theirs))
+    models_page.assert_exported(f"{name}, by hand", "yes")
 
 
 @pytest.mark.parametrize("preset", [
