@@ -36,7 +36,9 @@ class Call(NamedTuple):
 
     def behind(self, held: int, leaves: list[Any]) -> Call:
         """This call behind `held` tokens: whatever number among its leaves equals that is taken for it, and may vary."""
-        return self._replace(buffers=(), counts=tuple(index for index, leaf in enumerate(leaves) if type(leaf) is int and leaf == held))
+        return self._replace(
+            buffers=(), counts=tuple(index for index, leaf in enumerate(leaves) if type(leaf) is int and leaf == held)
+        )
 
 
 def take_cache(kwargs: dict[str, Any]) -> tuple[Cache | None, dict[str, Any]]:
@@ -81,10 +83,14 @@ def check_place(cache: Cache, call: Call) -> None:
     given, expected = sorted(name for _, name in call.pasts), sorted(name for name in cache.form.places if name != BUFFERS)
     if not cache.form.places:
         if len(given) > 1:
-            raise CacheMismatch(f"the cache was given {len(given)} times, as {given}; expected once, where the decoder takes its past")
+            raise CacheMismatch(
+                f"the cache was given {len(given)} times, as {given}; expected once, where the decoder takes its past"
+            )
     elif given != expected:
         where = "in place of " + " and ".join(f"`{name}`" for name in expected) if expected else "as past=cache"
-        raise CacheMismatch(f"the cache was given as {given or 'no argument'}; expected it {where}, as this decoder keeps its past there")
+        raise CacheMismatch(
+            f"the cache was given as {given or 'no argument'}; expected it {where}, as this decoder keeps its past there"
+        )
 
 
 def refuse_padding(leaves: list[Any], call: Call, held: int) -> None:

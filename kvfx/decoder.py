@@ -186,7 +186,9 @@ class DecoderRunner:
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.dim() > 1:
                 mark_dynamic(leaf, *((0,) if phase == "decode" or may_be_cache(leaf) else (0, 1)))
-            elif isinstance(leaf, Tensor) and leaf.dim() == 1 and phase != "decode" and leaf.shape[0] == leaves[call.tokens].shape[1]:
+            elif (
+                isinstance(leaf, Tensor) and leaf.dim() == 1 and phase != "decode" and leaf.shape[0] == leaves[call.tokens].shape[1]
+            ):
                 mark_dynamic(leaf, 0)  # says where each new token is written
         on_refuse = self.on_refuse if sizes else "warn"  # where nothing is evicted, nothing can be refused
         key = StepKey(phase, plan, on_refuse, ("layers",) if len(sizes) > 1 else ())
@@ -198,18 +200,25 @@ class DecoderRunner:
         places: tuple[str, ...] = ()
         if any(role is not None and role.is_slots for role in roles[:split]):
             if BUFFERS in state:
-                raise UnsupportedModel(f"{self.engine.name} returns keys and values, and writes to its buffers {list(call.buffers)} too")
+                raise UnsupportedModel(
+                    f"{self.engine.name} returns keys and values, and writes to its buffers {list(call.buffers)} too"
+                )
             roles, marks = roles[:split], marks[:split]
             path, first = self._element(spec, returned, roles)
         else:
             state, chosen = self._kept_in(state, roles[split:])
             spec, returned = Spec("tuple", tuple, (), (spec, tree.spec_of(state))), [*returned, *tree.leaves_of(state)]
-            roles, marks = [*[None] * split, *(roles[split + index] for index in chosen)], [*marks[:split], *(marks[split + index] for index in chosen)]
+            roles, marks = (
+                [*[None] * split, *(roles[split + index] for index in chosen)],
+                [*marks[:split], *(marks[split + index] for index in chosen)],
+            )
             path, first, places = [1], split, tuple(state)
         if past is not None:
             known = {tuple(role) for role in roles if role is not None and role.is_slots}
             if known != {leaf[1:] for leaf in past.form.leaves if leaf[0] == "slots"} or places != past.form.places:
-                raise UnsupportedModel(f"{self.engine.name} returns other keys and values, behind a past, than it did of the prompt")
+                raise UnsupportedModel(
+                    f"{self.engine.name} returns other keys and values, behind a past, than it did of the prompt"
+                )
         part = slice(first, first + tree.count(tree.at(spec, path)))
         for role, mark in zip(roles, marks, strict=True):
             if role is None or not role.is_slots:

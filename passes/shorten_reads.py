@@ -67,7 +67,9 @@ def _shorten(graph: fx.Graph, site: Site, checks: dict[tuple[fx.Node, str], fx.N
         if axes.index(inputs(node)[2]) != 2:
             if same(val(inputs(node)[1]).shape[inputs(node)[2]], val(node).shape[inputs(node)[2]]):
                 return  # filled up, so that nothing is to be left out
-            raise Refuse(f"`{inputs(node)[0].name}` is filled along axis {inputs(node)[2]}, which is not attention's axis of keys", node)
+            raise Refuse(
+                f"`{inputs(node)[0].name}` is filled along axis {inputs(node)[2]}, which is not attention's axis of keys", node
+            )
     places, length = val(mark).shape[inputs(mark)[2]], val(inputs(mark)[1]).shape[inputs(mark)[2]]
     if whole != value_whole or not same(length, val(inputs(value_mark)[1]).shape[inputs(value_mark)[2]]):
         raise Refuse(f"`{key.name}` and `{value.name}` are filled to different places", key)

@@ -56,7 +56,9 @@ def store_of(node: fx.Node) -> Store | None:
     store = read(node, spelling)
     if store is not None and val(store.source).dtype != val(store.tensor).dtype:
         dtypes = f"{val(store.source).dtype} to {val(store.tensor).dtype}"
-        raise Refuse(f"`{node.name}` casts {dtypes} on the write, so that a cache holds other numbers than attention is given", node)
+        raise Refuse(
+            f"`{node.name}` casts {dtypes} on the write, so that a cache holds other numbers than attention is given", node
+        )
     return store
 
 

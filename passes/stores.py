@@ -23,7 +23,21 @@ from kvfx.passes.cache_write import LIBRARY
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report
-from kvfx.passes.store_spellings import SPELLINGS, WHOLE, Part, Store, below, plus, same, size, store_of, taken_apart, viewed, whole_cat, writes
+from kvfx.passes.store_spellings import (
+    SPELLINGS,
+    WHOLE,
+    Part,
+    Store,
+    below,
+    plus,
+    same,
+    size,
+    store_of,
+    taken_apart,
+    viewed,
+    whole_cat,
+    writes,
+)
 from kvfx.passes.windows import SHIFTED, WINDOW, note_shift, window_of
 
 LIBRARY.define("filled(Tensor buffer, Tensor content, int axis, Tensor[] conditions) -> Tensor")
@@ -131,14 +145,17 @@ class _Stores:
         length, conditions = val(store.source).shape[store.axis], known.conditions if known else ()
         start = store.start
         if known and known.axis != store.axis:
-            raise Refuse(f"`{node.name}` writes along axis {store.axis} of `{tensor.name}`, where tokens stand along {known.axis}", node)
+            raise Refuse(
+                f"`{node.name}` writes along axis {store.axis} of `{tensor.name}`, where tokens stand along {known.axis}", node
+            )
         if store.index is not None:
             if known is None and self.has_past:
                 raise Refuse(f"`{node.name}` writes at places that an argument says, to a tensor that holds no known past", node)
             start, conditions = held, (*conditions, self._counts_on(node, store.index, known, store))
         if not same(start, held):
             raise Refuse(
-                f"`{node.name}` writes to `{tensor.name}` from place {size(start)} on, where {held} are filled: expected the next one", node
+                f"`{node.name}` writes to `{tensor.name}` from place {size(start)} on, where {held} are filled: expected the next one",
+                node,
             )
         content = store.source
         if known is not None:
@@ -176,7 +193,13 @@ class _Stores:
         """Replace a read of the filled places; whether it is one."""
         tensor, parts = _apart(node)
         content = self.contents.get(tensor)
-        if content is None or content.conditions or len(parts) != 1 or parts[0] is None or not self._is_steady(node, tensor, content):
+        if (
+            content is None
+            or content.conditions
+            or len(parts) != 1
+            or parts[0] is None
+            or not self._is_steady(node, tensor, content)
+        ):
             return False
         axis, start, end = parts[0]
         if axis != content.axis or not same(start, 0) or not same(end, val(content.tensor).shape[axis]):

@@ -43,7 +43,12 @@ def note_shift(node: fx.Node) -> bool:
         tensors, axis = whole_cat(node)
         if len(tensors) == 2:
             tensor, parts = taken_apart(tensors[0])
-            if len(parts) == 1 and parts[0] is not None and parts[0].axis == axis and same(parts[0].start, val(tensors[1]).shape[axis]):
+            if (
+                len(parts) == 1
+                and parts[0] is not None
+                and parts[0].axis == axis
+                and same(parts[0].start, val(tensors[1]).shape[axis])
+            ):
                 if same(val(tensor).shape[axis], val(node).shape[axis]):
                     node.meta[WINDOW] = Window(axis, val(node).shape[axis], "cat", below(tensors[1]))
     return False
