@@ -457,7 +457,7 @@ class Static(zoo_plain.Decoder):
     def __init__(self, spelling: str, owns: bool) -> None:
         super().__init__()
         self.spelling, self.owns = spelling, owns
-        for name in "k0 v0 k1 v1".split() if owns else ():
+        for name in CACHES if owns else ():
             self.register_buffer(name, rest())
 
     def forward(self, ids: Tensor, places: Tensor, *caches: Tensor) -> Tensor:
@@ -468,7 +468,7 @@ class Static(zoo_plain.Decoder):
         return self.head(self.norm(x))
 
 
-ROOM = 48
+ROOM, CACHES = 48, ("k0", "v0", "k1", "v1")
 
 
 def rest() -> Tensor:
@@ -508,7 +508,7 @@ def test_what_is_kept_takes_the_first_places_of_a_preallocated_cache(spelling, o
         assert_within_rounding(
             logits, *(twin(ids[:, :count], torch.arange(count), *full) for twin, full in ((plain, low), (exact, best)))
         )
-        held = [run.get_buffer(name) for name in "k0 v0 k1 v1".split()] if owns else given
+        held = [run.get_buffer(name) for name in CACHES] if owns else given
         for index, (ours, *theirs) in enumerate(zip(held, low, best, strict=True)):
             places = smallest(low[index - index % 2][:, :, :count], count // 2)
             assert_within_rounding(ours[:, :, : count // 2], *(gathered(states, places) for states in theirs))
@@ -520,5 +520,5 @@ def test_a_prefill_program_raises_if_it_is_told_other_places_than_the_first():
     model, ids = Static("index_copy", False).eval(), torch.arange(10)[None]
     program = exported(model, ids, torch.arange(10), *(rest() for _ in range(4)), shapes=({}, {}, (None,) * 4))
     passes.run(program, lower_program(as_policy("knorm:0.5")))
-    with pytest.raises(RuntimeError, match="^kvfx: "):
+    with pytest.raises(RuntimeError, match=r"^kvfx: "):
         program.module()(ids, torch.arange(1, 11), *(rest() for _ in range(4)))
