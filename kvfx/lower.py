@@ -17,7 +17,7 @@ from torch import Tensor
 from kvfx import algebra
 from kvfx.errors import PolicyError
 from kvfx.passes import plan
-from kvfx.passes.plan import Plan
+from kvfx.passes.plan import Keep, Plan
 from kvfx.policy import Policy
 
 OPS = {"+": "add", "-": "sub", "*": "mul"}
@@ -50,6 +50,52 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
             f"{' and '.join(map(str, sorted(sizes))) or 'no'} columns. Give one [Hkv, D, size] per layer, or none."
         )
     return replace(lowered, sketches=tuple(sketches), sketch_digest=sketch_digest(sketches))
+
+
+def lower_program(policy: Policy, windows: Sequence[int | None] = (), sketches: Sequence[Tensor] | None = None) -> Plan:
+    """Return the Plan of a policy for an exported prefill, in which nothing but the Plan says how much is kept.
+
+    Args:
+        policy: what to keep.
+        windows: of each cache layer the tokens that its sliding window sees, or None, as `hf.windows` lists them. Layers with
+            windows are left whole. If none are given, all layers are taken to see everything.
+        sketches: see `lower`.
+
+    Raises:
+        PolicyError: the policy cannot be part of a program; the message says why.
+    """
+    plan = lower(policy, sketches)
+    if policy.score is None or policy.budget is None:
+        return plan
+    budget = policy.budget
+    if policy.batch_coupled:
+        raise PolicyError(f"{policy.name} cannot be exported: {policy.batch_coupled}. Use the preset without @.")
+    if budget.rounding == "kvpress":
+        raise PolicyError(
+            f"{policy.name} cannot be exported: round=kvpress counts in floats, which would fix the length of the prompt. Write "
+            "round=floor, or use the preset without @."
+        )
+    if policy.least_tokens > 1:
+        raise PolicyError(
+            f"{policy.name} cannot be exported: it scores prompts of at least {policy.least_tokens} tokens, and a program does not "
+            "check that. Use the preset without @."
+        )
+    if budget.shape.arg and not windows:
+        raise PolicyError(
+            f"shape={budget.shape} shares a budget out over the layers of a model, and their number is not given. Pass windows, "
+            "one entry for each layer of the cache: hf.windows(model)."
+        )
+    share = budget.keep or Fraction(1)
+    keep = Keep(
+        share.numerator,
+        share.denominator,
+        tokens=budget.tokens or 0,
+        least=policy.protect.total,
+        pyramid=budget.shape.arg or 0,
+        last=budget.least,
+        layers=max(len(windows), 1),
+    )
+    return replace(plan, keep=keep, windows=tuple(windows))
 
 
 def sketch_digest(sketches: Sequence[Tensor]) -> str:

@@ -35,7 +35,7 @@ def attach_cache(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             if "write" in site.nodes:
                 _tap(site, plan, rotations)
         except Refuse as refuse:
-            site.refusal = refuse.reason
+            site.refusal = site.refusal or refuse.reason
     report.layers = len(writes)
     report.whole = tuple(write.args[5] for write in writes if write not in taken or taken[write].refusal)
     for write in writes:

@@ -16,16 +16,23 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.debugging import aot_eager
+from torch._export.utils import _get_shape_env_from_gm
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import disable_fake_tensor_cache
+from torch.export import ExportedProgram
+from torch.fx.experimental import _config as shape_config
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound, ShapeEnv
 from torch.utils import _pytree as pytree
 
 Compiled = Callable[..., Any]
 Rewrite = Callable[[fx.GraphModule], None]
+# An op took a size for unknown, because it could not ask.
+NeedsSizes = (PendingUnbackedSymbolNotFound, GuardOnDataDependentSymNode)
+SMALL = 128  # a condition on a length is tried on so many; what ops need are a few tokens, or nothing
 
 
 def _inductor(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
@@ -139,6 +146,57 @@ def mark_dynamic(tensor: Tensor, *dims: int) -> None:
 def frees_memory_early() -> bool:
     """Whether Inductor orders nodes for peak memory, without which a layer's full cache outlives its layer."""
     return bool(inductor_config.reorder_for_peak_memory)
+
+
+@contextlib.contextmanager
+def editing(program: ExportedProgram, ask_small: bool = False) -> Iterator[list[str]]:
+    """While nodes are traced into a program: let its symbols be asked about, and forget the answers if the edit fails.
+
+    Once the context ends, the list that it gives holds, as text, where the symbols may vary less than before; `range_constraints`
+    of the program say so too.
+
+    Args:
+        program: what is edited.
+        ask_small: whether ops may ask if a size is 0 or 1, or below another. Most need not, and then serve every length.
+
+    Raises:
+        NeedsSizes: an op has to ask.
+    """
+    shapes, narrowed = _get_shape_env_from_gm(program.graph_module), list[str]()
+    if shapes is None:  # no size varies
+        yield narrowed
+        return
+    guards, ranges, frozen = len(shapes.guards), dict(shapes.var_to_range), shapes.frozen
+    shapes.frozen = False  # which would let conditions pass unseen
+    try:
+        with shape_config.patch(backed_size_oblivious=not ask_small):  # type: ignore[attr-defined]
+            yield narrowed
+    except BaseException:
+        shapes.pending_fresh_unbacked_symbols.clear()
+        del shapes.guards[guards:]
+        shapes.var_to_range.update(ranges)
+        shapes._update_version_counter()
+        raise
+    finally:
+        shapes.frozen = frozen
+    for symbol, before in program.range_constraints.items():
+        now = _narrowed(shapes, symbol, before & shapes.bound_sympy(shapes.replace(symbol)), guards)
+        if now != before:
+            program.range_constraints[symbol] = now
+            narrowed.append(f"{symbol} in {now}, before in {before}")
+
+
+def _narrowed(shapes: ShapeEnv, symbol: Any, bounds: Any, known: int) -> Any:
+    """`bounds` without the small values of a symbol for which a new condition does not hold."""
+    bound = shapes.replace(symbol)
+    for guard in shapes.guards[known:]:
+        condition = shapes.replace(guard.expr)
+        if condition.free_symbols == {bound}:
+            small = range(int(bounds.lower), int(min(bounds.upper, bounds.lower + SMALL)) + 1)
+            bad = [size for size in small if condition.subs(bound, size) == False]  # noqa: E712 - of sympy
+            if bad:
+                bounds = type(bounds)(bad[-1] + 1, bounds.upper)
+    return bounds
 
 
 def written_buffers(module: torch.nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[str, ...]:

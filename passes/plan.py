@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
+import torch
 from torch import Tensor
 
 # What a score may read at a site. `query` and `key` carry RoPE, `pre_query` and `pre_key` do not; all are the new tokens' own, keys
@@ -77,6 +79,46 @@ Expr = OpCall | Scalar | ZScore | Combine | Splice
 
 
 @dataclass(frozen=True)
+class Keep:
+    """How many of a prompt's tokens stay, for graphs in which nothing else says so: a fraction, or a count.
+
+    Attributes:
+        numerator: of the fraction kept.
+        denominator: of the fraction kept.
+        tokens: the count kept; 0 means that the fraction holds.
+        least: what stays in any case, the protected tokens among them.
+        pyramid: how steeply counts fall over the layers, their mean staying the same; 0 means that all layers keep equally many.
+        last: what the last layer of a pyramid keeps at least.
+        layers: of the model; only a pyramid needs it.
+    """
+
+    numerator: int = 1
+    denominator: int = 1
+    tokens: int = 0
+    least: int = 1
+    pyramid: int = 0
+    last: int = 0
+    layers: int = 1
+
+    def slots(self, length: int | torch.SymInt, layer: int) -> Any:
+        """Slots that `layer` keeps of `length` tokens, without a branch on the length: `length` may be a symbol."""
+        wanted = self.tokens or length * self.numerator // self.denominator
+        flat = torch.sym_min(length, torch.sym_max(wanted, max(1, self.least)))
+        if not self.pyramid:
+            return flat
+        # As kvfx.budget.Budget.counts, in integers: all in units of 1 / pyramid.
+        protected = torch.sym_min(self.least, flat)
+        mean, room = flat - protected, length - protected
+        steepest = torch.sym_max(mean, self.pyramid * (2 * mean - room))
+        last = torch.sym_max(steepest, self.pyramid * (max(self.last, 2) - protected))
+        spread = 2 * torch.sym_max(self.pyramid * mean - last, 0)
+        mirrored = self.layers - 1 - layer
+        steps = abs(mirrored - layer)
+        free = spread * steps // (2 * max(self.layers - 1, 1) * self.pyramid)
+        return flat + free if layer < mirrored else flat - free
+
+
+@dataclass(frozen=True)
 class Plan:
     """Score every token of a prompt, protect both ends, keep the best.
 
@@ -89,6 +131,9 @@ class Plan:
         per: tokens of a chunk that keeps its own share of the budget; 0 means that the whole row competes.
         sketches: per layer, a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` that replaces the drawn one.
         sketch_digest: sha256 over `sketches`; stands for them in comparisons.
+        keep: how many tokens stay, in an exported program; None elsewhere, where an input of the graph says so.
+        windows: of an exported model, for each cache layer the tokens that its sliding window sees, or None if it sees all; a layer
+            with a window is left whole. Empty if no layer has one.
     """
 
     score: Expr | None
@@ -99,6 +144,8 @@ class Plan:
     shared: bool = False
     chunk: int = 0
     per: int = 0
+    keep: Keep | None = None
+    windows: tuple[int | None, ...] = ()
 
     def calls(self) -> Iterator[OpCall]:
         """The op calls of the score, left to right."""

@@ -107,6 +107,7 @@ class Report:
         layers: cache layers that the graph writes under a plan, those of sliding windows left out.
         whole: those of them that no attention understood by the rules reads.
         counts_columns: whether attention behind a cache adds a bias per head, which counts the columns of padding too.
+        narrowed: of an exported program, sizes of inputs that may vary less than before, one line each.
         leftovers: op counts worth knowing when no site was found, e.g. softmax calls.
         seconds: time spent in each pass.
         traces: of kernel ops, by op and arguments, while the passes run (see `traced_op`).
@@ -117,6 +118,7 @@ class Report:
     layers: int = 0
     whole: tuple[int, ...] = ()
     counts_columns: bool = False
+    narrowed: tuple[str, ...] = ()
     leftovers: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     traces: dict[Any, fx.Graph] = field(default_factory=dict, repr=False, compare=False)

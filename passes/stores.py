@@ -23,6 +23,7 @@ from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report
 from kvfx.passes.store_spellings import (
+    SPELLINGS,
     WHOLE,
     Store,
     below,
@@ -147,7 +148,7 @@ class _Stores:
             source = tensor
             while is_call(source, *COPIES):
                 source = inputs(source)[0]
-            made = is_call(source, *MADE) and any(is_call(user, MARK) or user.op == "output" for user in _readers(source))
+            made = is_call(source, *MADE) and _is_returned(source)
             self.kept[tensor] = source.op == "placeholder" or made or tensor in self.contents
         return self.kept[tensor]
 
@@ -260,6 +261,14 @@ class _Stores:
 
 def _is_zero(tensor: fx.Node) -> bool:
     return is_call(tensor, aten.new_zeros.default, aten.zeros.default, aten.full.default)
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether `node` is returned, after what was written to it in a functional graph."""
+    return any(
+        is_call(user, MARK) or user.op == "output" or (user.target in SPELLINGS and user.args[0] is node and _is_returned(user))
+        for user in _readers(node)
+    )
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

@@ -9,14 +9,20 @@ from torch import fx
 
 from kvfx.passes import capture
 from kvfx.passes.cache_write import WRITE
+from kvfx.passes.graph import schema_of
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report
 
 
 def _without_value(module: fx.GraphModule, plan: Plan, report: Report) -> Iterator[str]:
     for node in module.graph.nodes:
-        if node.op in ("call_function", "placeholder", "get_attr") and "val" not in node.meta:
+        if node.op in ("call_function", "placeholder", "get_attr") and "val" not in node.meta and not _is_assertion(node):
             yield f"{node.name} has no meta['val']"
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    """Whether `node` calls an op that returns nothing."""
+    return hasattr(node.target, "_schema") and not schema_of(node.target).returns
 
 
 def _wrong_type(module: fx.GraphModule, plan: Plan, report: Report) -> Iterator[str]:

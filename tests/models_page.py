@@ -19,6 +19,7 @@ COLUMNS = (
     "uneven decode",
     "padded rows",
     "block",
+    "exported",
 )
 HEAD = """# Models
 
@@ -30,20 +31,36 @@ Written by `make models`; the tests assert that each row is what a run finds. A 
 - **key before RoPE**: whether scores that read it get it. **policies**: whose kept tokens equal the reference's ranking.
 - **all kept**: keeping everything changes no logits. **uneven decode**: eight steps after each head evicted tokens of its own.
 - **padded rows**: a padded row keeps and decodes as it does alone. **block**: several new tokens at once equal one by one.
+- **exported**: whether the family's exported prefill keeps, in an ordinary program, what the reference's ranking chooses.
 
 """
 
 
 def assert_row(*cells: str) -> None:
-    """Assert that the page has this row; with KVFX_WRITE_MODELS=1, write it instead."""
-    assert len(cells) == len(COLUMNS)
+    """Assert that the page has this row, whatever its last cell says; with KVFX_WRITE_MODELS=1, write it instead."""
+    assert len(cells) == len(COLUMNS) - 1
+    _assert(cells[0], (*cells, _cells(cells[0])[-1]))
+
+
+def assert_exported(name: str, cell: str) -> None:
+    """Assert what the page says last of a model; with KVFX_WRITE_MODELS=1, write it instead."""
+    _assert(name, (*_cells(name)[:-1], cell))
+
+
+def _cells(name: str) -> list[str]:
+    """The cells of a row; dashes for those that are not written yet."""
+    cells = [cell.strip() for cell in committed().get(name, "").split("|")[1:-1]] or [name]
+    return [*cells, *["-"] * (len(COLUMNS) - len(cells))]
+
+
+def _assert(name: str, cells: tuple[str, ...]) -> None:
     rows = committed()
     line = f"| {' | '.join(cells)} |"
     if os.environ.get("KVFX_WRITE_MODELS") == "1":
-        rows[cells[0]] = line
+        rows[name] = line
         table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", *(rows[name] for name in sorted(rows))]
         PAGE.write_text(HEAD + "\n".join(table) + "\n")
-    assert committed().get(cells[0]) == line, "docs/models.md says otherwise; see what changed, then run `make models`"
+    assert committed().get(name) == line, "docs/models.md says otherwise; see what changed, then run `make models`"
 
 
 def committed() -> dict[str, str]:
