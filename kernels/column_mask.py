@@ -17,7 +17,7 @@ def column_mask(mask: Tensor | None, columns: Tensor, heads: int) -> Tensor:
         heads: Hq.
 
     Returns:
-        [B, 1 or Hkv or Hq, 1 or S, T], of the mask's type: empty slots are hidden.
+        [B, 1, Hkv or Hq, 1 or S, T], of the mask's type: empty slots are hidden.
 
     Cost: reads T columns for each head and writes T values for each mask row and head with slots of its own.
     """
@@ -32,8 +32,6 @@ def column_mask(mask: Tensor | None, columns: Tensor, heads: int) -> Tensor:
         if mask.shape[1] != 1:
             columns = columns.repeat_interleave(heads // each, 1)
         held = mask.expand(batch, columns.shape[1], -1, -1).gather(3, columns.expand(-1, -1, mask.shape[2], -1))
-        if held.shape[1] not in (1, heads):
-            held = held.repeat_interleave(heads // each, 1)
     return held & there if mask.dtype == torch.bool else held.masked_fill(~there, torch.finfo(mask.dtype).min)
 
 
@@ -42,7 +40,7 @@ def _inputs(dims, dtype, device, seed):
     generator = torch.Generator().manual_seed(seed)
     columns = torch.rand(B, H, 2 * S, generator=generator).argsort(-1)[..., : max(3, S // 2)]
     columns[..., -2:] = -1
-    mask = torch.rand(B, 1, 3, 2 * S, generator=generator) < 0.7
+    mask = torch.rand(B, H * G, 3, 2 * S, generator=generator) < 0.7
     return mask.to(device), columns.to(device), H * G
 
 

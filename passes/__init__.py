@@ -95,6 +95,8 @@ def _run_exported(program: ExportedProgram, plan: Plan, check_each: bool, ask_sm
     with capture.editing(program, ask_small) as narrowed:
         copied = open_program(program)
         _apply(PREFILL_PROGRAM if plan.score is not None else OTHER_PROGRAM, copied, plan, report, check_each)
+        if not ask_small:
+            capture.check_sizes(copied, program.graph_module)
         commit(program, copied)
     report.narrowed = tuple(narrowed)
     return report

@@ -25,13 +25,24 @@ from torch._subclasses.fake_tensor import disable_fake_tensor_cache
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as shape_config
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    PendingUnbackedSymbolNotFound,
+    ShapeEnv,
+    free_unbacked_symbols,
+)
 from torch.utils import _pytree as pytree
 
 Compiled = Callable[..., Any]
 Rewrite = Callable[[fx.GraphModule], None]
 # An op took a size for unknown, because it could not ask.
-NeedsSizes = (PendingUnbackedSymbolNotFound, GuardOnDataDependentSymNode)
+
+
+class UnknownSize(Exception):
+    """Raised where an op that could not ask about a size made up a new one."""
+
+
+NeedsSizes = (PendingUnbackedSymbolNotFound, GuardOnDataDependentSymNode, UnknownSize)
 SMALL = 128  # a condition on a length is tried on so many; what ops need are a few tokens, or nothing
 
 
@@ -184,6 +195,22 @@ def editing(program: ExportedProgram, ask_small: bool = False) -> Iterator[list[
         if now != before:
             program.range_constraints[symbol] = now
             narrowed.append(f"{symbol} in {now}, before in {before}")
+
+
+def check_sizes(module: fx.GraphModule, given: fx.GraphModule) -> None:
+    """Make sure that all sizes in `module` follow from those in `given`, of which it is an edited copy.
+
+    Raises:
+        UnknownSize: one does not.
+    """
+    made_up = _unknown_sizes(module) - _unknown_sizes(given)
+    if made_up:
+        raise UnknownSize(f"sizes {sorted(map(str, made_up))} follow from no length of the program")
+
+
+def _unknown_sizes(module: fx.GraphModule) -> set[Any]:
+    values = [node.meta.get("val") for node in module.graph.nodes]
+    return set().union(*(free_unbacked_symbols(value) for value in values if isinstance(value, (Tensor, torch.SymInt))))
 
 
 def _narrowed(shapes: ShapeEnv, symbol: Any, bounds: Any, known: int) -> Any:

@@ -107,7 +107,7 @@ class _Builder:
 
     def unseen(self) -> tuple[str, ...]:
         """What attention does to its logits besides scaling and masking them."""
-        mask, softcap, sinks = self.attention[3], *self.attention[7:9]
+        mask, softcap, sinks = self.site.nodes.get("mask", self.attention[3]), *self.attention[7:9]
         changes = {"soft cap": softcap is not None, "sinks": sinks is not None, "bias per head": is_head_bias(mask)}
         return tuple(name for name, there in changes.items() if there)
 

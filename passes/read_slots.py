@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from kvfx.passes.attention.logits import is_head_bias
@@ -14,6 +13,7 @@ from kvfx.passes.cache_static import READ_STATIC
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, replace_outputs, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report, Site, Stranded
+from kvfx.passes.traced_op import Traces, call_op
 
 LAYER = {READ: 6, READ_STATIC: 6}  # which argument it is
 
@@ -30,8 +30,12 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             continue
         try:
             # Before its columns are taken for each head.
-            report.counts_columns |= is_head_bias(inputs(site.nodes["attention"])[3])
-            _swap_static(site) if is_call(site.nodes["read"], READ_STATIC) else _swap(site)
+            mask = inputs(site.nodes["attention"])[3]
+            report.counts_columns |= is_head_bias(mask)
+            if mask is not None:
+                site.nodes["mask"] = mask
+            swap = _swap_static if is_call(site.nodes["read"], READ_STATIC) else _swap
+            swap(site, report.traces)
         except Refuse as refuse:
             site.refusal = refuse.reason
     for read in [node for node in module.graph.nodes if is_call(node, READ, READ_STATIC)]:
@@ -51,7 +55,7 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         raise Stranded(stranded)
 
 
-def _swap(site: Site) -> None:
+def _swap(site: Site, traces: Traces) -> None:
     nodes, attention = site.nodes, site.nodes["attention"]
     query, key, _, mask, _, is_causal = inputs(attention)[:6]
     keys, values, prefix, start, seen, size, _, empty, whole = inputs(nodes["read"])
@@ -64,15 +68,15 @@ def _swap(site: Site) -> None:
             if columns is not None and str(val(columns).shape[3]) not in (str(val(key).shape[2]), "1"):
                 raise Refuse(f"the mask `{mask.name}` has {val(columns).shape[3]} columns for {val(key).shape[2]} keys", mask)
             given = (columns, keys, nodes["key"], prefix, start, seen, size, empty, heads)
-            columns = call(graph, torch.ops.kvfx.slot_mask.default, *given)
+            columns = call_op(graph, traces, "slot_mask", *given)
         read = [_joined(past, new, attention) for past, new in ((keys, nodes["key"]), (values, nodes["value"]))]
         arguments = [query, *read, columns, *inputs(attention)[4:]]
-        swapped = call(graph, torch.ops.kvfx.attention.default, *arguments)
+        swapped = call_op(graph, traces, "attention", *arguments)
     replace(attention, swapped)
     nodes["attention"] = swapped
 
 
-def _swap_static(site: Site) -> None:
+def _swap_static(site: Site, traces: Traces) -> None:
     nodes, attention = site.nodes, site.nodes["attention"]
     query, _, _, mask, _, is_causal = inputs(attention)[:6]
     keys, values, columns, key, value, tokens, _ = inputs(nodes["read"])
@@ -89,8 +93,8 @@ def _swap_static(site: Site) -> None:
             columns_given, expected = val(mask).shape[3], val(tokens) if isinstance(tokens, fx.Node) else tokens
             if str(columns_given) not in (str(expected), "1"):
                 raise Refuse(f"the mask `{mask.name}` has {columns_given} columns for {expected} tokens", mask)
-        taken = call(graph, torch.ops.kvfx.column_mask.default, mask, columns, val(query).shape[1])
-        swapped = call(graph, torch.ops.kvfx.attention.default, query, keys, values, taken, *inputs(attention)[4:])
+        taken = call_op(graph, traces, "column_mask", mask, columns, val(query).shape[1])
+        swapped = call_op(graph, traces, "attention", query, keys, values, taken, *inputs(attention)[4:])
     replace(attention, swapped)
     nodes["attention"] = swapped
 

@@ -160,7 +160,7 @@ def beam_score(held: Held, model: Any, ids: Tensor, question: Tensor, cache: kvf
 
 def static() -> StaticCache:
     cache = StaticCache(config=llama().config, max_cache_len=80)
-    cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    llama()(CONTEXT, past_key_values=cache)
     return cache
 
 

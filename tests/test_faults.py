@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import test_static
 import test_windows
 from kvfx import passes
 from kvfx.kernels import OPS
@@ -125,6 +126,13 @@ SLOT_FAULTS: dict[str, Fault] = {
 }
 
 
+# The same, where slots have fixed places.
+STATIC_FAULTS: dict[str, Fault] = {
+    "slots get the column before theirs": change_op("column_mask", lambda f, mask, columns, heads: f(mask, columns - 1, heads)),
+    "room that is not filled is visible": change_op("column_mask", lambda f, *rest: f(*rest) | True),
+}
+
+
 @pytest.mark.parametrize("case", [CASE, EXPECTED], ids=["compactor", "expected attention"])
 def test_the_check_passes_without_a_fault(case):
     check(case)
@@ -148,6 +156,17 @@ def test_a_planted_fault_behind_an_eviction_is_caught(fault, monkeypatch):
         test_windows.forget_models()
 
 
+@pytest.mark.parametrize("fault", STATIC_FAULTS)
+def test_a_planted_fault_in_a_static_cache_is_caught(fault, monkeypatch):
+    STATIC_FAULTS[fault](monkeypatch)
+    test_windows.forget_models()
+    try:
+        with pytest.raises(AssertionError):
+            test_static.check_windows(steps=2)
+    finally:
+        test_windows.forget_models()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault, monkeypatch):
     FAULTS[fault](monkeypatch)
@@ -157,6 +176,6 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 
 def test_the_pipeline_under_test_is_the_one_that_ships():
     assert [apply.__name__ for apply in passes.PIPELINE] == [
-        "forward_stores", "find_attention", "attach_leaves", "attach_cache", "read_slots", "insert_scores", "insert_eviction",
-        "lower",
+        "forward_stores", "find_attention", "shorten_reads", "attach_leaves", "attach_cache", "read_slots", "insert_scores",
+        "insert_eviction", "lower",
     ]  # fmt: skip

@@ -93,3 +93,23 @@ def test_a_mask_of_one_column_for_all_stays_that():
     keys, prefix, seen = torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, dtype=torch.int32), torch.tensor([5, 5])
     out = torch.ops.kvfx.slot_mask(mask, keys, keys[:, :, :1], prefix, seen, seen, torch.empty(6, 0), False, 4)
     assert torch.equal(out, mask)
+
+
+@pytest.mark.parametrize("heads", [1, KV_HEADS * GROUP])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_each_slot_that_names_its_column_gets_it(kind, heads):
+    mask = masks(kind, heads, ROWS, NEW)
+    columns = torch.randint(LENGTH, (ROWS, KV_HEADS, SLOTS), generator=torch.Generator().manual_seed(2))
+    columns[1, :, 2] = -1
+    out = torch.ops.kvfx.column_mask(mask, columns, KV_HEADS * GROUP)
+    for row, kv_head, slot in itertools.product(range(ROWS), range(KV_HEADS), range(SLOTS)):
+        column = int(columns[row, kv_head, slot])
+        for head in [kv_head] if heads == 1 else range(kv_head * GROUP, (kv_head + 1) * GROUP):
+            hidden = torch.zeros(NEW, dtype=torch.bool) if kind == "bool" else torch.full((NEW,), torch.finfo(mask.dtype).min)
+            expected = mask[row, head % mask.shape[1], :, column] if column >= 0 else hidden
+            assert torch.equal(out[row, head, :, slot], expected)
+
+
+def test_slots_that_name_their_columns_are_all_seen_without_a_mask():
+    columns = torch.tensor([[[0, 3, -1]]])
+    assert torch.ops.kvfx.column_mask(None, columns, 2).tolist() == [[[[True, True, False]]]]

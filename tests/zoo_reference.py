@@ -108,11 +108,8 @@ class Watch(TorchFunctionMode):
                 attn_mask = attn_mask.masked_fill(hidden, -torch.inf)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
         if attn_mask is not None and self.hidden is None:  # places that no query sees, of a preallocated cache, are not read
-            seen = (
-                (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf)
-                .expand(1, 1, -1, key.shape[2])
-                .any((0, 1, 2))
-            )
+            seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+            seen = seen.expand(*seen.shape[:-1], key.shape[2]).flatten(0, -2).any(0)
             key, value = key[:, :, seen], value[:, :, seen]
         self.record(query, key, value, None, out)
         return out
