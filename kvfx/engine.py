@@ -90,6 +90,7 @@ class Engine:
         reports: what the passes did to each graph, by the key of its step.
         whole: cache layers that are kept whole, because no attention is understood that reads them.
         counts_columns: whether a graph behind a cache has a bias per head, see `passes.report.Report`.
+        counts_tokens: whether the model is always shown a mask behind a static cache: without one it counts the tokens seen.
     """
 
     def __init__(self, name: str, backend: str) -> None:
@@ -98,6 +99,8 @@ class Engine:
         self.reports: dict[StepKey, list[Report]] = {}
         self.whole: frozenset[int] = frozenset()
         self.counts_columns = False
+        self.counts_tokens = False
+        self._ran: set[StepKey] = set()
         self._like: list[tuple[Tensor, Tensor]] | None = None
         self._steps: dict[StepKey, Callable[..., Any]] = {}
         self._lock = threading.Lock()
@@ -107,6 +110,10 @@ class Engine:
         if self._like is None:
             self._like = hf.one_token(model)
         return self._like
+
+    def has_run(self, phase: str, uneven: str) -> bool:
+        """Whether such a step has come to its end before."""
+        return any(key.phase == phase and uneven in key.uneven for key in self._ran)
 
     def run(self, model: nn.Module, phase: str, plan: Plan, on_refuse: str, slots: SlotCache, *inputs: Any) -> tuple[Any, Tensor]:
         """Run one step; compile it if its like has not run before.
@@ -142,9 +149,11 @@ class Engine:
                 self._steps[key] = capture.compile_with(step, self._rewrite(key), self.backend)
         try:
             with torch.no_grad():
-                return self._steps[key](*arguments)
+                out = self._steps[key](*arguments)
         except capture.CompileError as error:
             raise _unwrap(error, self.name) from error
+        self._ran.add(key)
+        return out
 
     def _rewrite(self, key: StepKey) -> Callable[[fx.GraphModule], None]:
 

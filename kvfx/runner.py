@@ -19,7 +19,7 @@ from kvfx.engine import STORE_ALL, Engine
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import Owner, differences, fingerprint
 from kvfx.passes.cache_write import size_of, slots_of
-from kvfx.passes.capture import mark_dynamic
+from kvfx.passes.capture import CompileError, mark_dynamic
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Stranded
 from kvfx.policy import Policy
@@ -146,18 +146,11 @@ class Runner:
         if not cache.layers:
             cache.allocate(self.engine.slots_like(self.base), windows, block.batch, limit)
         before = None if phase == "decode" else cache.snapshot()
-        shows_padding = cache._real is not None or not self.takes_positions
-        longest = size_of(cache.tokens, block.device)
-        mark_dynamic(longest, 0)
-        slots = StaticSlots(cache.layers, budget.sizes, budget.counts, longest, phase != "prefill", shows_padding)
         try:
-            given = (cache.lengths_seen, *inputs, self.takes_positions)
-            out, _ = self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
+            out = self._run_static(phase, plan, cache, budget, inputs)
             self._check_after(phase, plan, cache, block)
-        except BaseException as error:
+        except BaseException:
             cache.forget_new() if before is None else cache.restore(before)
-            if isinstance(error, Stranded):
-                raise _refused(self.engine.name, error) from error
             raise
         for index, layer in enumerate(cache.layers):
             layer.account(block.length, budget.most[min(index, len(budget.most) - 1)])
@@ -165,6 +158,30 @@ class Runner:
         if phase != "decode":
             cache.compare_rows()
         return out
+
+    def _run_static(self, phase: str, plan: Plan, cache: Any, budget: Quota, inputs: Inputs) -> Any:
+        """Run the step of the engine; show a mask of all tokens to models that would make one for as many as were seen."""
+        longest = size_of(cache.tokens, cache.lengths_seen.device)
+        mark_dynamic(longest, 0)
+        shows_padding = cache._real is not None or not self.takes_positions or self.engine.counts_tokens
+        slots = StaticSlots(cache.layers, budget.sizes, budget.counts, longest, phase != "prefill", shows_padding)
+        try:
+            return self.engine.run(
+                self.base, phase, plan, self.on_refuse, slots, cache.lengths_seen, *inputs, self.takes_positions
+            )[0]
+        except Stranded as stranded:
+            raise _refused(self.engine.name, stranded) from stranded
+        except (CompileError, RuntimeError) as error:
+            if phase == "prefill" or self.engine.has_run(phase, "static"):
+                raise
+            if not shows_padding:
+                self.engine.counts_tokens = True
+                cache.forget_new()
+                return self._run_static(phase, plan, cache, budget, inputs)
+            raise UnsupportedModel(
+                f"{self.engine.name} cannot be traced with a static cache, most likely because it computes with the number of "
+                f"tokens seen, which is in a tensor there: {str(error).splitlines()[0]}. Use a kvfx.Cache, which grows."
+            ) from error
 
     def _check_after(self, phase: str, plan: Plan, cache: Cache, block: Block) -> None:
         """What only the run of a step can tell."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +64,32 @@ class PlainPrefill(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, past = self.row.run(self.model, ids)
         return logits, tensors(past)
+
+
+class PlainStep(nn.Module):
+    """A decoder written by hand, from new ids and the tensors of its past, in the order of their fields."""
+
+    def __init__(self, model: nn.Module, row: Plain, like: Any) -> None:
+        super().__init__()
+        self.model, self.row, self.like = model, row, like
+
+    def forward(self, ids: Tensor, held: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        logits, past = self.row.run(self.model, ids, refilled(self.like, iter(held)))
+        return logits, tensors(past)
+
+
+def refilled(past: Any, parts: Iterator[Tensor]) -> Any:
+    """A past of the same form, of other tensors."""
+    if isinstance(past, Tensor):
+        return next(parts)
+    if hasattr(past, "__dataclass_fields__"):
+        return replace(past, **{name: refilled(getattr(past, name), parts) for name in past.__dataclass_fields__})
+    if isinstance(past, dict):
+        return {name: refilled(part, parts) for name, part in past.items()}
+    if isinstance(past, (list, tuple)):
+        made = [refilled(part, parts) for part in past]
+        return type(past)(*made) if hasattr(past, "_fields") else type(past)(made)
+    return past
 
 
 def tensors(past: Any) -> list[Tensor]:

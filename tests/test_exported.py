@@ -34,6 +34,7 @@ from programs import (
     LENGTHS,
     KeysValues,
     PlainPrefill,
+    PlainStep,
     Prefill,
     Step,
     at,
@@ -251,6 +252,30 @@ def test_decoders_by_hand_keep_their_axes_as_the_page_of_models_says(name):
             places = smallest(states[index - index % 2][1][:, :, :length], count)
             assert_within_rounding(ours[:, :, :count], *(gathered(part, places) for part in theirs))
     models_page.assert_exported(f"{name}, by hand", "yes")
+
+
+@pytest.mark.parametrize("name", [
+    name if name in QUICK_DECODERS else pytest.param(name, marks=pytest.mark.slow)
+    for name in zoo_plain.PLAIN if name != "gpt-fast"
+])  # fmt: skip
+@torch.no_grad()
+def test_a_decode_program_of_a_decoder_by_hand_answers_as_before(name):
+    row, model = zoo_plain.PLAIN[name], zoo_plain.make(name)
+    exact, ids = copy.deepcopy(model).double(), zoo_plain_ids(EXPORTED_AT + 1)
+    prompt, token = ids[:, :-1], ids[:, -1:].contiguous()
+    past = row.run(model, prompt)[1]
+    held = tensors(past)
+    program = exported(PlainStep(model, row, past).eval(), token, held, shapes=({}, [{}] * len(held)))
+    report = passes.run(program, STORE_ALL)
+    assert len(report.sites) == len(row.layer_of_site)
+    assert not report.reasons()
+    logits, _ = program.module()(token, held)
+    (low, _), (best, _) = (row.run(every, ids) for every in (model, exact))
+    assert_within_rounding(logits, low[:, -1:], best[:, -1:])
+
+
+def zoo_plain_ids(length: int) -> Tensor:
+    return torch.randint(3, zoo_plain.VOCABULARY, (1, length), generator=torch.Generator().manual_seed(4))
 
 
 @pytest.mark.parametrize("preset", [

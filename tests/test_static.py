@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 import kvfx
+import zoo
 from decoding import GREEDY, fresh_llama, ones, tokens
 from kvfx.engine import engine_of
 from kvfx.passes.capture import pytree
@@ -129,6 +130,27 @@ def test_windows_go_round(padding):
     both.feed(9, compress=True)
     for _ in range(10):
         both.feed(1)
+
+
+@pytest.mark.slow  # minutes, for all families
+@pytest.mark.parametrize("family", [name for name in zoo.ROWS if name != "mpt"])  # refused, see below
+def test_every_family_decodes_in_place(family):
+    for padding in (None, (0, 5)):
+        both = Both(kvfx.compile(zoo.make(zoo.ROWS[family]), HALF, backend="eager"))
+        both.feed(40, padding)
+        for length in (1, 1, 4, 1):
+            both.feed(length)
+    torch._dynamo.reset()
+
+
+def test_a_model_that_counts_tokens_in_python_is_refused():
+    model, cache = kvfx.compile(zoo.make(zoo.ROWS["mpt"]), HALF, backend="eager"), kvfx.StaticCache(ROOM, LONGEST)
+    model.compress(tokens(1, 40), past_key_values=cache)
+    before = state(cache)
+    with pytest.raises(kvfx.UnsupportedModel, match=r"cannot be traced with a static cache.*Use a kvfx\.Cache, which grows"):
+        model(tokens(1, 1), past_key_values=cache)
+    assert_untouched(cache, before)
+    model(tokens(1, 1), past_key_values=cache.to("dense"))
 
 
 NO_SHRINK = (Phase.explicit, Phase.reuse, Phase.generate)  # each step runs models: shrinking would take minutes
