@@ -49,6 +49,7 @@ from programs import (
 from yardstick import assert_within_rounding
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt-oss", "gpt2")
+SIMPLE = ("mistral", "qwen3", "gpt2")  # whose decode steps are as Llama's or simpler
 QUICK = ("compactor", "snapkv", "expected_attention")  # of the presets; a slow run has all
 STORE_ALL = Plan(None)
 # Dynamo, where it meets the activation function of BLOOM.
@@ -167,7 +168,7 @@ def test_the_page_of_models_says_whose_programs_are_rewritten(name):
     models_page.assert_exported(name, "yes" if zoo.ROWS[name].full else "nothing to evict")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", *(pytest.param(n, marks=pytest.mark.slow) for n in SIMPLE)])
 def test_a_decode_program_answers_as_before_with_keys_unexpanded(name):
     model, exact = twins(name)
     prompt, token = zoo.prompt(EXPORTED_AT), zoo.prompt(1, seed=2)
