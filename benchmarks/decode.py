@@ -12,8 +12,6 @@ timed stops the run. Writes results/decode.csv, .md, .png and .svg after each se
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
-from method import AA, RESULTS, Fresh, Row, compare, read, save, write
+from method import AA, Fresh, Row, Subject, compare, read, save
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -157,7 +155,7 @@ def model_of(name: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def measure(name: str, model: LlamaForCausalLM, length: int, rounds: int) -> list[Row]:
+def measure(name: str, model: LlamaForCausalLM, length: int, options: argparse.Namespace) -> list[Row]:
     """All rows against each plain one, and against kvfx's own static one that evicts nothing."""
     prompt = Prompt(model, torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0)))
     rows = {title: row(prompt) for title, row in (PLAIN | KVFX).items()}
@@ -172,7 +170,7 @@ def measure(name: str, model: LlamaForCausalLM, length: int, rounds: int) -> lis
     ):
         variants = {title: rows[title] for title in names}
         title = f"{name} S={length} / {baseline}"
-        measured += compare(title, rows[baseline], variants, goals=goals if baseline in PLAIN else {}, rounds=rounds)
+        measured += compare(title, rows[baseline], variants, goals=goals if baseline in PLAIN else {}, rounds=options.rounds)
     if counters["stats"]["unique_graphs"] != built:
         raise SystemExit(f"{counters['stats']['unique_graphs'] - built} graphs were compiled while they were timed")
     return measured
@@ -233,34 +231,7 @@ def plot(name: str) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", nargs="+", type=int)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--name", default="decode", help="of the result files")
-    parser.add_argument("--plot-only", action="store_true", help="write the table and the picture of results that are there")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows: list[Row] = []
-    for name in () if options.plot_only else options.models:
-        model = model_of(name)
-        for length in (length for setting, length in SETTINGS if setting == name):
-            if options.lengths and length not in options.lengths:
-                continue
-            rows += measure(name, model, length, options.rounds)
-            write(options.name, rows, "python " + shlex.join(sys.argv))
-            report(options.name)
-    if options.plot_only:
-        report(options.name)
-
-
-def report(name: str) -> None:
-    text = table(name)
-    print(text, flush=True)
-    (RESULTS / f"{name}.md").write_text(text)
-    plot(name)
-
+SUBJECT = Subject("decode", SETTINGS, measure, table, plot, model_of)
 
 if __name__ == "__main__":
-    main()
+    SUBJECT.run(SUBJECT.parser(__doc__).parse_args())

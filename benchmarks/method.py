@@ -5,10 +5,13 @@ Also what every benchmark writes: a CSV with the machine, the versions and the c
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 import random
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -19,8 +22,6 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
-
-
 AA = "A/A"
 
 
@@ -50,6 +51,60 @@ class Row:
     goal: float | str
     verdict: str
     rounds: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a benchmark measures, of models at lengths, and how it shows it.
+
+    Attributes:
+        name: of the result files, unless the command line gives another.
+        settings: models and lengths, by name.
+        measure: rows of one setting, from the model's name, what `make` made of it, the length and the options.
+        table: results/NAME.md, from NAME.
+        plot: draws results/NAME.png and .svg, from NAME.
+        make: what is measured at all lengths of one model, from its name.
+    """
+
+    name: str
+    settings: Sequence[tuple[str, int]]
+    measure: Callable[[str, Any, int, argparse.Namespace], list[Row]]
+    table: Callable[[str], str]
+    plot: Callable[[str], None]
+    make: Callable[[str], Any]
+
+    def parser(self, about: str | None) -> argparse.ArgumentParser:
+        """The command line, to which a benchmark may add."""
+        models = list(dict.fromkeys(model for model, _ in self.settings))
+        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--lengths", nargs="+", type=int)
+        parser.add_argument("--models", nargs="+", default=models)
+        parser.add_argument("--rounds", type=int, default=31)
+        parser.add_argument("--name", default=self.name, help="of the result files")
+        parser.add_argument("--plot-only", action="store_true", help="write the table and the picture of results that are there")
+        return parser
+
+    def run(self, options: argparse.Namespace) -> None:
+        """Measure the settings that were asked for; write and show what there is after each."""
+        torch.set_num_threads(1)
+        rows: list[Row] = []
+        for name in () if options.plot_only else options.models:
+            model = self.make(name)
+            for length in (length for setting, length in self.settings if setting == name):
+                if options.lengths and length not in options.lengths:
+                    continue
+                rows += self.measure(name, model, length, options)
+                write(options.name, rows, "python " + shlex.join(sys.argv))
+                self.report(options.name)
+        if options.plot_only:
+            self.report(options.name)
+
+    def report(self, name: str) -> None:
+        """Write and print the table of results/NAME.csv, and draw it."""
+        text = self.table(name)
+        print(text, flush=True)
+        (RESULTS / f"{name}.md").write_text(text)
+        self.plot(name)
 
 
 @dataclass(frozen=True)

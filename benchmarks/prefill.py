@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
-import sys
 from collections.abc import Callable
 
 import matplotlib
 import torch
 from matplotlib import pyplot
-from method import AA, RESULTS, Row, compare, read, save, write
+from method import AA, Row, Subject, compare, read, save
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvfx
@@ -95,12 +93,12 @@ def compressed_prefill(model: LlamaForCausalLM, policy: str, ids: torch.Tensor) 
     return functools.partial(compiled.compress, ids)
 
 
-def measure(model_name: str, model: LlamaForCausalLM, length: int, policies: list[str], rounds: int) -> list[Row]:
+def measure(model_name: str, model: LlamaForCausalLM, length: int, options: argparse.Namespace) -> list[Row]:
     ids = torch.randint(3, 1000, (1, length), generator=torch.Generator().manual_seed(0))
-    variants = {policy: compressed_prefill(model, policy, ids) for policy in policies}
-    floors = {policy: floor(model, policy, length) for policy in policies if policy in ADDED_FLOPS}
+    variants = {policy: compressed_prefill(model, policy, ids) for policy in options.policies}
+    floors = {policy: floor(model, policy, length) for policy in options.policies if policy in ADDED_FLOPS}
     goals = GOALS | (SHORT if length <= 1024 else {})
-    return compare(f"{model_name} S={length}", plain_prefill(model, ids), variants, floors, goals, rounds)
+    return compare(f"{model_name} S={length}", plain_prefill(model, ids), variants, floors, goals, options.rounds)
 
 
 def table(name: str) -> str:
@@ -158,35 +156,9 @@ def plot(name: str) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", default=POLICIES)
-    parser.add_argument("--lengths", nargs="+", type=int)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--name", default="prefill", help="of the result files")
-    parser.add_argument("--plot-only", action="store_true", help="write the table and the picture of results that are there")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows: list[Row] = []
-    for name in () if options.plot_only else options.models:
-        model = model_of(name)
-        for length in (length for setting, length in SETTINGS if setting == name):
-            if options.lengths and length not in options.lengths:
-                continue
-            rows += measure(name, model, length, options.policies, options.rounds)
-            write(options.name, rows, "python " + shlex.join(sys.argv))
-            report(options.name)
-    if options.plot_only:
-        report(options.name)
-
-
-def report(name: str) -> None:
-    text = table(name)
-    print(text, flush=True)
-    (RESULTS / f"{name}.md").write_text(text)
-    plot(name)
-
+SUBJECT = Subject("prefill", SETTINGS, measure, table, plot, model_of)
 
 if __name__ == "__main__":
-    main()
+    PARSER = SUBJECT.parser(__doc__)
+    PARSER.add_argument("--policies", nargs="+", default=POLICIES)
+    SUBJECT.run(PARSER.parse_args())

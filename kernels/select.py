@@ -15,7 +15,7 @@ def best(scores: Tensor, count: int, counts: Tensor | None) -> Tensor:
     Args:
         scores: [B, Hkv, S], any float dtype, no NaN.
         count: how many, 1 <= count <= S.
-        counts: [B] int64, how many in each row, 0 <= counts[b] <= count; None means `count` in every row.
+        counts: [B] or [B, Hkv] int64, how many in each row or head, 0 <= counts <= count; None means `count` in each.
 
     Returns:
         [B, Hkv, S] bool.
@@ -24,9 +24,9 @@ def best(scores: Tensor, count: int, counts: Tensor | None) -> Tensor:
     if counts is None:
         threshold = scores.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
     else:
-        kept = counts[:, None, None]
+        kept = counts[:, None, None] if counts.dim() == 1 else counts[..., None]
         top = scores.topk(count, -1).values
-        threshold = top.gather(-1, (counts - 1).clamp(min=0)[:, None, None].expand(-1, top.shape[1], -1))
+        threshold = top.gather(-1, (kept - 1).clamp(min=0).expand(-1, top.shape[1], -1))
     above, equal = scores > threshold, scores == threshold
     return above | equal & (equal.cumsum(-1) <= kept - above.sum(-1, keepdim=True))
 

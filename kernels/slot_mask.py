@@ -36,7 +36,7 @@ def slot_mask(
 
     Returns:
         [1 or B, 1, Hkv or Hq, 1 or S, T + n], per KV head where slots are a head's own and the mask is one for all; or the mask
-        itself where it has one column for all and no slot is empty.
+        itself where it has one column for all and no slot is empty. Heads of a row may hold unequally many.
 
     Cost: reads and writes T values for each mask row and head with slots of its own.
     """
@@ -48,9 +48,11 @@ def slot_mask(
     if prefix.shape[2]:
         last = prefix.shape[2] - 1
         positions = torch.where(place <= last, prefix.long().gather(2, place.clamp(max=last)), positions)
-    there = positions[:, :1, None] >= 0  # all heads of a row have equally many, on the right
+    there = positions[:, :, None] >= 0
     if mask is None:
-        return torch.cat([there, there.new_ones(batch, 1, 1, new)], 3)
+        return torch.cat([there, there.new_ones(batch, each, 1, new)], 3)
+    if mask.shape[1] != 1:
+        there = there.repeat_interleave(heads // each, 1)
     if not isinstance(mask.shape[3], int) or mask.shape[3] != 1:
         columns = (positions + (length - seen)[:, None, None]).clamp(min=0)[:, :, None]
         if mask.shape[1] != 1:
@@ -59,8 +61,8 @@ def slot_mask(
         held = held.gather(3, columns.expand(-1, -1, mask.shape[2], -1))
         behind = mask[..., length:].expand(batch, held.shape[1], -1, -1)
     elif empty:
-        held = mask.expand(batch, -1, -1, slots)
-        behind = mask.expand(batch, -1, -1, new)
+        held = mask.expand(batch, there.shape[1], -1, slots)
+        behind = mask.expand(batch, there.shape[1], -1, new)
     else:
         return mask
     if empty:

@@ -18,6 +18,7 @@ from kvfx.errors import (
     UnsupportedModel,
 )
 from kvfx.policy import Policy
+from kvfx.ragged_cache import RaggedCache
 from kvfx.static_cache import StaticCache
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "PoolExhausted",
+    "RaggedCache",
     "SiteRefused",
     "StaticCache",
     "UnsupportedModel",

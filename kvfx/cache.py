@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfx.cache_layer import CacheLayer, Rows, SlotCache
+from kvfx.cache_layer import CacheLayer, Rows
 from kvfx.cache_state import CacheState
 from kvfx.errors import CacheMismatch, InputError
 from kvfx.passes.capture import mark_dynamic
 
-__all__ = ["Cache", "CacheLayer", "SlotCache"]
+__all__ = ["Cache", "CacheLayer"]
 
+LAYOUTS = ("dense", "static", "ragged")
 STOCK_HINT = "Use the model that kvfx.compile returned."
 
 
@@ -113,7 +114,7 @@ class Cache(CacheState):
         """This cache in another layout; itself where it has that already.
 
         Args:
-            layout: "dense", which grows, or "static", of fixed capacity.
+            layout: "dense", which grows, "static", of fixed capacity, or "ragged", without a slot that a head does not fill.
             capacity: slots that each row of a static cache has room for.
             tokens: the longest text that a static cache may see, see `StaticCache`.
 
@@ -121,10 +122,16 @@ class Cache(CacheState):
             PoolExhausted: the slots held do not fit.
             InputError: there is no such layout, or a static one was not given its room.
         """
-        if layout not in ("dense", "static"):
-            raise InputError(f"unknown layout {layout!r}; known: ['dense', 'static']")
+        if layout not in LAYOUTS:
+            raise InputError(f"unknown layout {layout!r}; known: {list(LAYOUTS)}")
+        if layout == self.layout:
+            return self
         if layout == "dense":
             return self.to_dense()
+        if layout == "ragged":
+            from kvfx.layouts import to_ragged  # knows all of them
+
+            return to_ragged(self.to_dense())
         if capacity is None or tokens is None:
             raise InputError("to('static') needs capacity=, the slots to make room for, and tokens=, the longest text")
         from kvfx.layouts import fill_static  # both know Cache
@@ -138,6 +145,10 @@ class Cache(CacheState):
     def to_dense(self) -> Cache:
         """The same slots in a cache that grows."""
         return self
+
+    def stored(self) -> Cache:
+        """What a file holds of it: the slots alone, without room that is not filled."""
+        return self.to_dense()
 
     def map_rows(self, rows: Rows) -> None:
         """Apply `rows` along the batch axis of everything held.
@@ -206,9 +217,7 @@ class Cache(CacheState):
     def mark(self) -> None:
         """Let the number of slots and rows vary without a new graph. Once, on tensors that no graph has made."""
         for layer in self.layers:
-            for tensor in (layer.keys, layer.values, layer.prefix):
-                mark_dynamic(tensor, 0, 2)
-            mark_dynamic(layer.next_position, 0)
+            layer.mark()
         if self.lengths_seen is not None:
             mark_dynamic(self.lengths_seen, 0)
 

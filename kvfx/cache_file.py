@@ -20,6 +20,7 @@ from torch import Tensor
 from kvfx.cache import Cache
 from kvfx.errors import ArtifactError
 from kvfx.form import Form
+from kvfx.ragged_cache import RaggedCache
 
 FORMAT = "1.0"
 BLANK = "0" * 64
@@ -36,14 +37,14 @@ def save_cache(cache: Cache, path: str | Path) -> None:
     room = {"layout": cache.layout, "capacity": getattr(cache, "capacity", None), "tokens": getattr(cache, "tokens", None)}
     if cache.fingerprint is None and cache.owner is not None:
         cache.fingerprint = cache.owner.fingerprint()
-    cache = cache.to_dense()  # without room that is not filled
+    cache = cache.stored()
     held = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in cache.tensors().items()}
     about = {
         "format": FORMAT,
         **room,
         **cache.about(),
         "form": None if cache.form is None else cache.form.as_data(),
-        "store": {"dtype": str(cache.layers[0].keys.dtype).removeprefix("torch."), "scales": None},
+        "store": {"dtype": str(cache.layers[0].dtype).removeprefix("torch."), "scales": None},
         "fingerprint": cache.fingerprint,
         "sha256": {name: _digest(tensor) for name, tensor in held.items()},
     }
@@ -65,12 +66,12 @@ def load_cache(path: str | Path, device: str | torch.device = "cpu") -> Cache:
         raise ArtifactError(f"cannot read the cache file {path}: {error.strerror or error}") from error
     about, tensors = _open(data, path)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    cache = Cache.of_tensors(tensors, about)
+    cache: Cache = (RaggedCache if about["layout"] == "ragged" else Cache).of_tensors(tensors, about)
     cache.fingerprint = about["fingerprint"]
     if about.get("form") is not None:
         cache.form = Form.of_data(about["form"])
     cache.mark()
-    return cache if about["layout"] == "dense" else cache.to(about["layout"], about["capacity"], about["tokens"])
+    return cache.to(about["layout"], about["capacity"], about["tokens"])
 
 
 def _open(data: bytes, path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,19 +1,19 @@
-"""One layer of a cache: its slots, and where their tokens stood. And its layers as a traced forward sees them."""
+"""One layer of a cache: its slots, and where their tokens stood."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from kvfx.errors import CacheMismatch
-from kvfx.passes.cache_write import slots_of
+from kvfx.passes.capture import mark_dynamic
 
 Rows = Callable[[Tensor], Tensor]
+STATE = ("keys", "values", "positions")
 
 
 class CacheLayer(DynamicLayer):
@@ -41,6 +41,7 @@ class CacheLayer(DynamicLayer):
         # Set by the traced forward that evicts, taken over by the cache when it is done.
         self.kept_positions: Tensor | None = None
         self.finite: Tensor | None = None
+        self.scores: Any = None  # of the new tokens, where layers compete: what `cache_score` stands for
 
     @classmethod
     def of(cls, index: int, keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> CacheLayer:
@@ -64,6 +65,18 @@ class CacheLayer(DynamicLayer):
         layer.prefix, layer.next_position, layer.evicted = prefix, seen.clone(), logical - shape[2]
         return layer
 
+    @classmethod
+    def of_state(cls, index: int, tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> CacheLayer:
+        """Put layer `index` together from the tensors of a cache and what `Cache.about` says of it."""
+        layer = cls(facts["window"])
+        keys, values, positions = (tensors[f"layers.{index}.{name}"] for name in STATE)
+        layer.store(keys, values)
+        layer.prefix, layer.next_position, layer.evicted = positions, tensors["lengths_seen"], facts["evicted"]
+        if isinstance(positions, Tensor):  # a pytree may hold anything
+            layer.next_position = layer.next_position.clone()
+            layer.prefix = positions if layer.window is None else no_positions(keys)
+        return layer
+
     @property
     def kind(self) -> str:
         """What the layer holds of the tokens seen: "full" = what a policy chose, "window" = the last ones."""
@@ -79,6 +92,16 @@ class CacheLayer(DynamicLayer):
     def state(self) -> dict[str, Tensor]:
         """The tensors by name: what a file stores."""
         return {"keys": self.keys, "values": self.values, "positions": self.positions}
+
+    def memory(self) -> list[Tensor]:
+        """The tensors that it keeps alive."""
+        return [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)]
+
+    def mark(self) -> None:
+        """Let the number of slots and rows vary without a new graph."""
+        for tensor in (self.keys, self.values, self.prefix):
+            mark_dynamic(tensor, 0, 2)
+        mark_dynamic(self.next_position, 0)
 
     @property
     def slots(self) -> int:
@@ -140,12 +163,11 @@ class CacheLayer(DynamicLayer):
         return slots - held == length
 
     def arrange(self, order: Tensor, blank: Tensor, seen: Tensor) -> None:
-        """Put slot `order[b, t]` to place t of row b, and blank the places where `blank[b, t]`; both `[B, T]`."""
-        heads, positions = self.keys.shape[1], self.positions
-        self.evicted += self.slots - order.shape[1]
-        place, empty = order[:, None].expand(-1, heads, -1), blank[:, None]
-        self.store(*(gather_slots(tensor, place).masked_fill(empty[..., None], 0) for tensor in (self.keys, self.values)))
-        self.prefix = positions.gather(2, place).masked_fill(empty, -1)
+        """Put slot `order[b, h, t]` to place t, and blank the places where `blank[b, h, t]`; both `[B, Hkv, T]`."""
+        positions = self.positions
+        self.evicted += self.slots - order.shape[2]
+        self.store(*(gather_slots(tensor, order).masked_fill(blank[..., None], 0) for tensor in (self.keys, self.values)))
+        self.prefix = positions.gather(2, order).masked_fill(blank, -1)
         if self.window is not None:
             self.prefix = no_positions(self.prefix)
         self.next_position = seen.clone()
@@ -182,90 +204,3 @@ def no_positions(slots: Tensor) -> Tensor:
 def gather_slots(states: Tensor, place: Tensor) -> Tensor:
     """Take slots `place`, `[B, Hkv, n]`, of `[B, Hkv, T, D]`."""
     return states.gather(2, place[..., None].expand(-1, -1, -1, states.shape[3]))
-
-
-class SlotCache(transformers.Cache):
-    """The layers of a `Cache` as a traced forward sees them: as if nothing had been evicted. `update` may evict.
-
-    Attributes:
-        sizes: carry how many slots the new tokens get (see `passes.cache_write`), one for each layer or one for all; or None to
-            keep them all.
-        counts: slots that each row keeps, `[B]`, of each layer or of all; or None if all rows keep equally many.
-        length: carries the number of tokens seen, padding included (see `passes.cache_read`); None if nothing is held.
-        start: position of the first slot behind the prefix of each row, `[B]`, in layers without a window.
-        empty: whether rows may hold empty slots.
-        whole: layers that hold all tokens seen and are not to be touched.
-        seen: real tokens seen per row, `[B]`; set inside the graph, like the next two.
-        positions: of the new tokens, `[B, S]` int32, -1 for padding.
-        valid: which of them are real, `[B, S]`, or None if all are.
-    """
-
-    layers: list[CacheLayer]  # type: ignore[assignment]
-    is_compileable = False
-
-    def __init__(
-        self,
-        layers: list[CacheLayer],
-        sizes: list[Tensor] | None = None,
-        counts: list[Tensor] | None = None,
-        length: Tensor | None = None,
-        start: Tensor | None = None,
-        empty: bool = False,
-        whole: frozenset[int] = frozenset(),
-    ) -> None:
-        super().__init__(layers=layers)  # type: ignore[arg-type]
-        self.sizes, self.counts, self.length, self.start = sizes, counts, length, start
-        self.empty, self.whole = empty, whole
-        self.seen: Any = None
-        self.positions: Tensor | None = None
-        self.valid: Tensor | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values; what attention shall read: everything seen."""
-        layer, key, value = self.layers[layer_idx], key_states, value_states
-        stored_key, stored_value = key, value
-        if layer.window is not None:
-            key, value = stored_key, stored_value = torch.ops.kvfx.window_write(key, value, layer_idx, layer.window)
-        elif self.sizes is not None:
-            size = self.sizes[min(layer_idx, len(self.sizes) - 1)]
-            counts = None if self.counts is None else self.counts[min(layer_idx, len(self.counts) - 1)]
-            stored_key, stored_value, layer.kept_positions, layer.finite = torch.ops.kvfx.cache_write(
-                key, value, self.positions, counts, size, layer_idx
-            )
-        if layer.keys is not None:
-            past_key, past_value = self._read(layer, layer_idx)
-            key, value = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
-            stored_key = torch.cat([layer.keys, stored_key], 2)
-            stored_value = torch.cat([layer.values, stored_value], 2)
-        if layer.window is not None and self.valid is None:
-            stored_key, stored_value = stored_key[:, :, 1 - layer.window :], stored_value[:, :, 1 - layer.window :]
-        # Own memory, because a view would keep all of it alive, and one layout, because another would be a new graph.
-        stored_key, stored_value = stored_key.contiguous(), stored_value.contiguous()
-        layer.keys, layer.values = stored_key, stored_value
-        return key, value
-
-    def _read(self, layer: CacheLayer, index: int) -> tuple[Tensor, Tensor]:
-        start = self.start if layer.window is None else self.seen - layer.keys.shape[2]
-        return torch.ops.kvfx.cache_read(
-            layer.keys, layer.values, layer.prefix, start, self.seen, self.length, index, self.empty, index in self.whole
-        )
-
-    def token_mask(self, seen: Tensor, valid: Tensor | None, length: int) -> Tensor | None:
-        """Which tokens are real, of all seen and `length` new ones, `[B, tokens]`; None if no padding need be known of."""
-        held = self.get_seq_length()
-        if not held or (valid is None and not self.empty):
-            return valid
-        past = torch.arange(held, device=seen.device) >= held - seen[:, None]  # padding stands on the left, in all of a row's past
-        new = valid if valid is not None else torch.ones(seen.shape[0], length, dtype=torch.bool, device=seen.device)
-        return torch.cat([past, new], -1)
-
-    def end(self, seen: Tensor) -> None:
-        """The forward is over; rows have seen `seen` real tokens, which it returns."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Tokens seen."""
-        return 0 if self.length is None else slots_of(self.length)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Tokens seen and new, none left out before them."""
-        return self.get_seq_length() + query_length, 0

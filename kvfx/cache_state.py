@@ -9,9 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvfx.cache_layer import CacheLayer, no_positions
-
-STATE = ("keys", "values", "positions")
+from kvfx.cache_layer import CacheLayer
 
 
 class CacheState(transformers.Cache):
@@ -50,14 +48,7 @@ class CacheState(transformers.Cache):
         """Put a cache together from what `tensors()` and `about()` returned."""
         cache = cls()
         for index, facts in enumerate(about["layers"]):
-            layer = CacheLayer(facts["window"])
-            keys, values, positions = (tensors[f"layers.{index}.{name}"] for name in STATE)
-            layer.store(keys, values)
-            layer.prefix, layer.next_position, layer.evicted = positions, tensors["lengths_seen"], facts["evicted"]
-            if isinstance(positions, Tensor):  # a pytree may hold anything
-                layer.next_position = layer.next_position.clone()
-                layer.prefix = positions if layer.window is None else no_positions(keys)
-            cache.layers.append(layer)
+            cache.layers.append(CacheLayer.of_state(index, tensors, facts))
         cache._take(tensors, about)
         return cache
 
@@ -121,7 +112,7 @@ class CacheState(transformers.Cache):
         """Bytes of the distinct storages that this cache keeps alive."""
         held = [self.lengths_seen, *(self._ids or []), *(self._real or []), *self.others]
         for layer in self.layers:
-            held += [tensor for tensor in vars(layer).values() if isinstance(tensor, Tensor)]
+            held += layer.memory()
         storages = [tensor.untyped_storage() for tensor in held if tensor is not None]
         return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 

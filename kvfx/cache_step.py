@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from kvfx.cache import Cache
-from kvfx.errors import CacheMismatch
+from kvfx.cache_layer import CacheLayer
+from kvfx.errors import CacheMismatch, InputError
+from kvfx.policy import Policy
+from kvfx.ragged_layer import RaggedLayer
 
 
 def took(
@@ -37,6 +40,22 @@ def note(cache: Cache, ids: Tensor | None, valid: Tensor | None, length: int, wh
         cache._real = [*(cache._real or [cache.all_real(cache.get_seq_length() - length)]), valid]
 
 
+def check_finite(layers: Sequence[CacheLayer], policy: Policy) -> None:
+    """One host sync per eviction, so that a ranking by NaN is never used.
+
+    Raises:
+        InputError: a score is not finite.
+    """
+    checked = [layer.finite for layer in layers if layer.finite is not None]
+    finite = torch.stack(checked).tolist() if checked else []
+    if not all(finite):
+        bad = [index for index, fine in enumerate(finite) if not fine]
+        raise InputError(
+            f"scores of {policy.name} are not finite in layers {bad}: the keys, queries or values there hold inf or nan. "
+            "Nothing was stored. Check the weights and the dtype (float16 overflows where bfloat16 does not)."
+        )
+
+
 def push_empty_left(cache: Cache, fixed: Collection[int] = ()) -> None:
     """Move empty slots to the left of each row, and drop those that are empty in all rows; of a window, keep the last slots.
 
@@ -47,19 +66,21 @@ def push_empty_left(cache: Cache, fixed: Collection[int] = ()) -> None:
     Raises:
         CacheMismatch: a row of a fixed layer has empty slots elsewhere than on the left.
     """
-    there = [layer.positions[:, 0] >= 0 for layer in cache.layers]
-    filled = torch.stack([slots.sum(-1) for slots in there]).tolist()
+    dense = {index: layer for index, layer in enumerate(cache.layers) if not isinstance(layer, RaggedLayer)}
+    there = [layer.positions >= 0 for layer in dense.values()]
+    filled = [torch.stack([count.amin(), count.amax()]) for count in (slots.sum(-1) for slots in there)]
+    counts = torch.stack(filled).tolist() if dense else []
     cache.has_empty = False
-    for index, (layer, slots, counts) in enumerate(zip(cache.layers, there, filled, strict=True)):
+    for (index, layer), slots, (least, most) in zip(dense.items(), there, counts, strict=True):
         width = layer.slots
         if index not in fixed:
-            width = max(counts) if layer.window is None else min(max(counts), layer.window - 1)
-        elif bool((slots[:, 1:] < slots[:, :-1]).any()):
+            width = most if layer.window is None else min(most, layer.window - 1)
+        elif bool((slots[..., 1:] < slots[..., :-1]).any()):
             raise CacheMismatch(
                 f"rows have padding between their tokens or on the right, and layer {index} was left alone, so that its slots "
                 "cannot be moved. Pad on the left; kvfx.explain(model) says why the layer was left alone."
             )
-        order = slots.long().argsort(dim=-1, stable=True)[:, layer.slots - width :]
-        layer.arrange(order, ~slots.gather(1, order), cache.lengths_seen)
-        cache.has_empty |= min(counts) < width
+        order = slots.long().argsort(dim=-1, stable=True)[..., layer.slots - width :]
+        layer.arrange(order, ~slots.gather(2, order), cache.lengths_seen)
+        cache.has_empty |= least < width
     cache.mark()

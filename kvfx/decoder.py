@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from kvfx import tree
 from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer
-from kvfx.cache_step import took
+from kvfx.cache_step import check_finite, took
 from kvfx.call import Call, call_of, check_place, refuse_padding, take_cache
 from kvfx.decoder_step import caches_in_buffers, may_be_cache, step
 from kvfx.engine import STORE_ALL, Engine, StepKey
-from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
-from kvfx.fingerprint import Owner
+from kvfx.errors import CacheMismatch, InputError, PolicyError, SiteRefused, UnsupportedModel
+from kvfx.fingerprint import Owner, check_owner
 from kvfx.form import BUFFERS, Past, form_of
 from kvfx.passes.cache_leaf import Role, role_of
 from kvfx.passes.cache_write import size_of
@@ -26,7 +26,7 @@ from kvfx.passes.capture import mark_dynamic
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Stranded
 from kvfx.policy import Policy
-from kvfx.runner import check_finite, check_owner, packed
+from kvfx.runner import packed
 from kvfx.tree import Spec
 
 
@@ -94,6 +94,13 @@ class DecoderRunner:
     layers: int = 0
     buffers: tuple[str, ...] | None = None
     accepted: tuple[Any, Owner | None] = (None, None)
+
+    def __post_init__(self) -> None:
+        if self.policy.budget is not None and self.policy.budget.pool != "uniform":
+            raise PolicyError(
+                f"{self.policy.name}: {self.policy.budget.pool} that compete leave slots of unequal lengths, and a decoder that is "
+                "not of transformers keeps them in its own tensors. Write budget=uniform(...)."
+            )
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the decoder: evicts if no cache is given, else appends."""
@@ -217,7 +224,7 @@ class DecoderRunner:
             if sizes:
                 layer.kept_positions, layer.finite = mark[1], mark[2]
         if sizes:
-            check_finite(cache, self.policy)
+            check_finite(cache.layers, self.policy)
         tokens = leaves[call.tokens]
         ids = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
         took(cache, ids, None, seen, tokens.shape[1], held or [0] * len(cache.layers))

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from kvfx import hf, passes
-from kvfx.cache import SlotCache
 from kvfx.errors import KvfxError, SiteRefused, UnsupportedModel
 from kvfx.passes import capture
 from kvfx.passes.plan import Plan
-from kvfx.passes.report import Report, Stranded
+from kvfx.passes.report import LayersFail, Report
+from kvfx.slot_cache import SlotCache
 
 STORE_ALL = Plan(score=None)
 
@@ -74,7 +74,7 @@ class StepKey(NamedTuple):
         phase: "prefill", "extend" or "decode".
         plan: what is evicted.
         on_refuse: what to do about sites that are not understood.
-        uneven: what makes rows or layers differ: counts, valid, empty, layers, whole; and "static" where slots are filled in place.
+        uneven: what makes rows or layers differ: counts, valid, empty, layers, whole, asked; and "static" or "ragged", the layout.
     """
 
     phase: str
@@ -128,6 +128,7 @@ class Engine:
 
         Raises:
             Stranded: layers that evicted are read by what is not understood.
+            Unscored: scores are asked of layers that are read by what is not understood.
         """
         if plan.score is None:
             on_refuse = "warn"  # nothing is evicted, so nothing can be refused
@@ -137,7 +138,9 @@ class Engine:
             "empty": slots.empty,
             "layers": len(slots.sizes or ()) > 1,
             "whole": bool(slots.whole),
-            "static": slots.is_compileable,
+            "asked": bool(slots.asked),
+            "static": slots.layout == "static",
+            "ragged": slots.layout == "ragged",
         }
         key = StepKey(phase, plan, on_refuse, tuple(name for name, there in uneven.items() if there))
         return self.run_step(key, step, model, slots, *inputs)
@@ -198,7 +201,7 @@ def _unwrap(error: BaseException, model: str) -> BaseException:
     """The error of ours inside one of Dynamo's, or what Dynamo could not trace."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, (KvfxError, Stranded)):
+        if isinstance(inner, (KvfxError, LayersFail)):
             return inner
         inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner.__context__
     if capture.is_graph_break(error):

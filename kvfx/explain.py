@@ -86,6 +86,18 @@ class Explanation:
         share = f"{count / LONG:.3g}" if len(set(counts)) > 1 else write_number(budget.keep)
         return f"{share} of each {budget.per.arg}" if budget.per.arg else f"{share} of S"
 
+    def competition(self) -> str:
+        """Who competes for what is kept, and what each is sure of; nothing where nobody does."""
+        budget = self.policy.budget
+        if budget is None or budget.pool == "uniform" or not self.report.compressed:
+            return ""
+        floor = [f"{write_number(budget.floor)} of that"] if budget.floor else []
+        sure = " and of ".join([*floor, *([f"{budget.sure} slots"] if budget.sure else [])]) or "nothing but protected tokens"
+        text = f"What a row keeps is the mean: the {budget.pool} compete, and each is sure of {sure}."
+        if budget.pool == "layers":
+            text += " The cut follows after the last layer has been scored, so at its peak a prefill holds the whole cache."
+        return text
+
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON-ready data; every key is always there."""
         return {
@@ -93,6 +105,7 @@ class Explanation:
             "policy": str(self.policy),
             "name": self.policy.name,
             "remark": self.remark,
+            "competition": self.competition(),
             "coverage": self.coverage,
             "layers": self.layers,
             "compressed": len(self.report.compressed),
@@ -161,7 +174,7 @@ class Explanation:
         yield self.found() if self.report.sites else Text(self.title, "italic")
         if self.refusals:
             yield self.refused()
-        yield from (Text(line) for line in (self.leftovers(), self.remark) if line)
+        yield from (Text(line) for line in (self.competition(), self.leftovers(), self.remark) if line)
         yield ""
 
     def __str__(self) -> str:

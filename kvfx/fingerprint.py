@@ -114,3 +114,25 @@ def _digest(tensors: list[torch.Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def check_owner(cache: Any, runner: Any) -> None:
+    """Make sure that a cache was made by the model of a runner, which remembers the fingerprint that it last accepted.
+
+    Raises:
+        CacheMismatch: it was made by another one.
+    """
+    owner = Owner.of(runner.base)
+    if cache.owner == owner:
+        return
+    if cache.fingerprint is None and cache.owner is not None:
+        raise CacheMismatch(
+            f"this cache was made by another model than this {type(runner.base).__name__}, or with other adapters active. "
+            "Compress the context again with this one."
+        )
+    if cache.fingerprint is not None and (cache.fingerprint is not runner.accepted[0] or owner != runner.accepted[1]):
+        different = differences(fingerprint(runner.base), cache.fingerprint)
+        if different:
+            raise CacheMismatch("this cache was made by another model:\n  " + "\n  ".join(different))
+        runner.accepted = cache.fingerprint, owner  # which the copies of a loaded cache share: compared once
+    cache.owner = owner

@@ -8,9 +8,12 @@ import torch
 
 from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer, gather_slots, no_positions
-from kvfx.static_layer import StaticLayer
+from kvfx.errors import CacheMismatch
+from kvfx.ragged_layer import STATE, RaggedLayer
+from kvfx.static_layer import StaticLayer, empty_last
 
 if TYPE_CHECKING:
+    from kvfx.ragged_cache import RaggedCache
     from kvfx.static_cache import StaticCache
 
 
@@ -19,7 +22,7 @@ def fill_static(cache: StaticCache, dense: Cache) -> None:
 
     Raises:
         PoolExhausted: they do not fit.
-        CacheMismatch: a decoder's own tensors are held too.
+        CacheMismatch: a decoder's own tensors are held too, or heads hold unequally many slots.
     """
     dense._refuse_others("a static layout cannot be made")
     logical, seen = dense.get_seq_length(), dense.lengths_seen
@@ -28,9 +31,11 @@ def fill_static(cache: StaticCache, dense: Cache) -> None:
     cache.allocate(like, [layer.window for layer in dense.layers], dense.batch_size, logical)
     for layer, source in zip(cache.layers, dense.layers, strict=True):
         positions = source.positions
-        count = (positions[:, 0] >= 0).sum(-1)
-        # Empty slots stand on the left, and go behind.
-        order = (torch.arange(source.slots, device=seen.device) + count[:, None]) % source.slots
+        there = positions >= 0
+        if bool((there != there[:, :1]).any()):
+            raise CacheMismatch("heads of a row hold unequally many slots, which a static cache cannot. Keep the cache ragged")
+        count = there[:, 0].sum(-1)
+        order = empty_last(count, source.slots)
         if layer.window is None:
             layer.append(source.keys, source.values, positions, order, count)
         else:
@@ -68,3 +73,46 @@ def _grown(layer: StaticLayer, dense: Cache) -> CacheLayer:
     other.next_position, other.evicted = seen.clone(), layer.tokens - width
     dense.has_empty |= bool(blank.any())
     return other
+
+
+def to_ragged(dense: Cache) -> RaggedCache:
+    """The slots of a dense cache in blocks, empty ones left out. Windows stay as they are.
+
+    Raises:
+        CacheMismatch: a decoder's own tensors are held too.
+    """
+    from kvfx.ragged_cache import RaggedCache  # which makes dense caches
+
+    dense._refuse_others("a ragged layout cannot be made")
+    cache, states = RaggedCache(), {}
+    if dense.is_empty:
+        return cache
+    cache._inherit(dense)
+    cache.layers = [layer.copy() for layer in dense.layers]
+    for index, layer in enumerate(dense.layers):
+        if layer.window is None:
+            there = layer.positions >= 0
+            held = [tensor[there] for tensor in (layer.keys, layer.values, layer.positions)]
+            states[index] = dict(zip(STATE, (*held, there.sum(-1)), strict=True))
+    cache.fill(states, dict.fromkeys(states, dense.get_seq_length()))
+    cache.has_empty = any(bool((layer.positions < 0).any()) for layer in cache.layers if not isinstance(layer, RaggedLayer))
+    return cache
+
+
+def ragged_to_dense(cache: RaggedCache) -> Cache:
+    """The slots of a ragged cache in one that grows; empty ones to the left of each head."""
+    dense = Cache()
+    if cache.is_empty:
+        return dense
+    dense._inherit(cache)
+    for layer in cache.layers:
+        if isinstance(layer, RaggedLayer):
+            other = CacheLayer()
+            other.store(layer.keys, layer.values)
+            other.prefix, other.next_position, other.evicted = layer.positions, cache.lengths_seen.clone(), layer.evicted
+            dense.has_empty |= bool((other.prefix < 0).any())
+            dense.layers.append(other)
+        else:
+            dense.layers.append(layer.copy())
+    dense.mark()
+    return dense

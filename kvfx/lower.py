@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
     """
     if policy.score is None or policy.budget is None:
         return Plan(None)
+    among_heads: dict[str, Any] = {}
+    if policy.budget.pool == "heads":
+        among_heads = {"floor": policy.budget.floor, "least": policy.budget.sure}
     lowered = Plan(
         _expr(policy.score, policy.budget.keep),
         policy.protect.sinks,
@@ -39,6 +43,7 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
         shared=policy.align == "shared",
         chunk=policy.unit.arg or 0,
         per=policy.budget.per.arg or 0,
+        **among_heads,
     )
     if sketches is None:
         return lowered
@@ -68,6 +73,11 @@ def lower_program(policy: Policy, windows: Sequence[int | None] = (), sketches: 
     if policy.score is None or policy.budget is None:
         return plan
     budget = policy.budget
+    if budget.pool != "uniform":
+        raise PolicyError(
+            f"{policy.name} cannot be exported: how many slots each of the {budget.pool} wins follows from the scores, and a "
+            "program has to know it before. Write budget=uniform(...)."
+        )
     if policy.batch_coupled:
         raise PolicyError(f"{policy.name} cannot be exported: {policy.batch_coupled}. Use the preset without @.")
     if budget.rounding == "kvpress":

@@ -18,7 +18,7 @@ import yaml
 
 from kvfx import algebra, presets
 from kvfx.algebra import Atom, Score, Splice, ZScore, parts
-from kvfx.budget import ROW, Budget, Protect
+from kvfx.budget import POOLS, ROW, Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
 from kvfx.params import Int, OneOf, Word, word
 from kvfx.scores import SCORES
@@ -27,12 +27,11 @@ NOTHING = Protect()
 TOKEN = Word("token")
 AXES = ("score", "unit", "align", "budget", "protect", "pos")
 UNIT = OneOf({"token": None, "chunk": Int(2)})
-BUILT = {"unit": ("token", "chunk"), "align": ("perhead", "shared"), "budget": ("uniform",), "pos": ("keep",)}
+BUILT = {"unit": ("token", "chunk"), "align": ("perhead", "shared"), "budget": tuple(POOLS), "pos": ("keep",)}
 # Axes and values that nothing lowers yet: named, so that the error can tell them from spelling mistakes.
 PLANNED = {
     "unit": ("page", "span", "channel", "rowchannel", "head", "layer"),
     "align": ("composite", "reuse"),
-    "budget": ("heads", "layers"),
     "when": ("prefill_end", "chunk", "every", "step", "segment", "overflow", "cascade", "offline"),
     "evicted": ("drop", "compensate", "merge", "prototype", "demote"),
     "store": ("fp16", "int8", "quant", "latent", "sparse", "pack"),
@@ -60,7 +59,7 @@ class Policy:
 
     Attributes:
         score: what a token is worth, higher = keep.
-        budget: how many slots a KV head keeps.
+        budget: how many slots a KV head keeps, and who competes for them.
         protect: the tokens that stay anyway.
         pos: what RoPE phase kept keys hold.
         unit: what stays or leaves as a whole: `token`, or `chunk(n)`, runs of n real tokens by their mean score.
@@ -104,12 +103,25 @@ class Policy:
             )
         if self.budget.rounding == "kvpress" and self.protect.total:
             raise PolicyError(f"round=kvpress counts without regard to {self.protect}. Leave protect out, or write round=floor.")
+        self._check_pool(self.budget)
         if isinstance(self.score, Splice) and self.budget.per != ROW:
             raise PolicyError(f"splice ranks the whole row by two scores, and per={self.budget.per} cuts it. Leave one out.")
         if self.unit != TOKEN and self.budget.per != ROW:
             raise PolicyError(f"per={self.budget.per} would cut units apart, and unit={self.unit} keeps them whole. Leave one out.")
         for atom in self.atoms():
             atom.row.lower(dict(atom.values), self.budget.keep)  # refuses values that do not fit the budget
+
+    def _check_pool(self, budget: Budget) -> None:
+        """Refuse what contradicts heads or layers that compete."""
+        if budget.pool == "heads" and self.align == "shared":
+            raise PolicyError(
+                "heads that keep the same tokens, align=shared, cannot compete for them. Write align=perhead, or "
+                "budget=uniform(...)."
+            )
+        if budget.pool != "uniform" and budget.rounding == "kvpress" and self.unit != TOKEN:
+            raise PolicyError(f"round=kvpress counts chunks under budget=uniform(...) alone. Leave unit={self.unit} out, or round.")
+        if budget.most is not None and budget.most < self.protect.total:
+            raise PolicyError(f"max={budget.most} is less than the {self.protect.total} tokens of {self.protect}. Raise max.")
 
     def atoms(self) -> Iterator[Atom]:
         """The score's atoms, left to right."""
@@ -186,11 +198,11 @@ class Policy:
         if "score" not in data:
             raise PolicyError("the policy has no score. Give one, for example {'score': {'knorm': {}}, 'budget': ...}.")
         score, budget, protect = data["score"], data.get("budget"), data.get("protect", {})
-        if budget is not None and (not isinstance(budget, Mapping) or list(budget) != ["uniform"]):
+        if budget is not None and (not isinstance(budget, Mapping) or len(budget) != 1 or not budget.keys() <= POOLS.keys()):
             raise axis_error("budget", str(next(iter(budget), "")) if isinstance(budget, Mapping) else str(budget))
         return cls(
             None if score == "none" else algebra.from_data(score),
-            Budget.from_dict(budget["uniform"]) if budget is not None else None,
+            None if budget is None else Budget.from_dict(*next(iter(budget.items()))),
             Protect.from_dict(protect),
             data.get("pos", "keep"),
             word(data.get("unit", "token")),

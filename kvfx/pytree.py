@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvfx.cache import Cache
 from kvfx.passes.capture import pytree
+from kvfx.ragged_cache import RaggedCache
 from kvfx.static_cache import StaticCache
 
 optree: Any
@@ -37,7 +38,7 @@ def unflatten(kind: type[Cache], leaves: Iterable[Any], node: Node) -> Cache:
     return cache
 
 
-for kind in (Cache, StaticCache):
+for kind in (Cache, StaticCache, RaggedCache):
     build = functools.partial(unflatten, kind)
     pytree.register_pytree_node(kind, flatten, build, serialized_type_name=f"kvfx.{kind.__name__}")
     if optree is not None:

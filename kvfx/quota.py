@@ -28,12 +28,14 @@ class Quota(NamedTuple):
         counts: as of `SlotCache`, marked dynamic.
         most: the most slots that a row fills, per layer or for all.
         whole: whether every real token is kept.
+        rows: how many slots each row keeps in a layer, or in the first of them.
     """
 
     sizes: list[Tensor] | None
     counts: list[Tensor] | None
     most: list[int]
     whole: bool
+    rows: list[int]
 
 
 def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> Quota:
@@ -52,7 +54,7 @@ def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> 
     if plan.score is None:
         if keep is not None:
             raise InputError(f"keep={keep}: the policy {policy} keeps everything. Compile with one that scores")
-        return Quota(None, None, [max(block.lengths)], True)
+        return Quota(None, None, [max(block.lengths)], True, list(block.lengths))
     batch, length = block.batch, block.length
     if policy.batch_coupled and (batch > 1 or block.valid is not None):
         raise InputError(f"{policy.name} needs one row without padding, got {batch} rows: {policy.batch_coupled}")
@@ -77,12 +79,17 @@ def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> 
         counts = [torch.tensor(counts, device=block.device) for counts in per_layer]
     for tensor in [*sizes, *(counts or ())]:
         mark_dynamic(tensor, 0)
-    return Quota(sizes, counts, most, all(row == tuple(block.lengths) for row in per_layer))
+    return Quota(sizes, counts, most, all(row == tuple(block.lengths) for row in per_layer), list(per_layer[0]))
 
 
 def slots_of_prompt(policy: Policy, length: int, layers: int) -> int:
     """The most slots that a layer without a window is given of a prompt of `length` tokens."""
-    return length if policy.score is None else max(2, *policy.counts(length, layers))
+    if policy.score is None or policy.budget is None:
+        return length
+    counts = policy.counts(length, layers)
+    if policy.budget.pool == "layers":  # one may win what all others leave over
+        return min(length, sum(counts), policy.budget.most or length)
+    return max(2, *counts)
 
 
 def _policies(policy: Policy, rows: int, keep: Keep) -> list[Policy]:

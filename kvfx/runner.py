@@ -10,20 +10,22 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvfx import hf
+from kvfx import hf, layers_step, ragged_step
 from kvfx.block import Block, uneven_turn
-from kvfx.cache import Cache, SlotCache
+from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer
-from kvfx.cache_step import note, push_empty_left, took
+from kvfx.cache_step import check_finite, note, push_empty_left, took
 from kvfx.engine import STORE_ALL, Engine
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
-from kvfx.fingerprint import Owner, differences, fingerprint
+from kvfx.fingerprint import Owner, check_owner
 from kvfx.passes.cache_write import size_of, slots_of
 from kvfx.passes.capture import CompileError, mark_dynamic
 from kvfx.passes.plan import Plan
-from kvfx.passes.report import Stranded
+from kvfx.passes.report import LayersFail, Stranded, Unscored
 from kvfx.policy import Policy
 from kvfx.quota import Keep, Quota, quota
+from kvfx.ragged_cache import RaggedCache
+from kvfx.slot_cache import SlotCache
 from kvfx.static_cache import StaticCache, adopt
 from kvfx.static_slots import StaticSlots
 
@@ -81,7 +83,7 @@ class Runner:
     def own(self, cache: Any) -> Cache:
         """Return `cache`, or an empty one for None, if it is of kvfx and of this model; a static one of transformers becomes so."""
         if cache is None:
-            return Cache()
+            return RaggedCache() if self._pool(self.plan) == "heads" else Cache()
         if isinstance(cache, transformers.StaticCache) and not isinstance(cache, Cache):
             cache = adopt(cache)
         if not isinstance(cache, Cache):
@@ -103,7 +105,8 @@ class Runner:
         for tensor in (block.valid, *tokens.values(), *(value for value in options.values() if isinstance(value, Tensor))):
             if tensor is not None and tensor.dim() > 1:
                 mark_dynamic(tensor, *((0,) if phase == "decode" else (0, 1)))
-        step = self._static if isinstance(cache, StaticCache) else self._dense
+        self._check_layout(cache, plan, budget)
+        step = self._static if isinstance(cache, StaticCache) else self._ragged if isinstance(cache, RaggedCache) else self._dense
         out = step(phase, plan, cache, windows, block, budget, (block.valid, tokens, options))
         if phase != "decode":
             cache.owner, cache.fingerprint = Owner.of(self.base), None
@@ -126,11 +129,14 @@ class Runner:
             length_seen = size_of(work.get_seq_length(), block.device)
             mark_dynamic(length_seen, 0)
         held = [layer.slots for layer in work.layers]
-        out, seen = self._run(phase, plan, work, (budget.sizes, budget.counts, length_seen), inputs)
+        counts = budget.counts if block.valid is not None or not self._layers_compete(plan) else None
+        out, seen = self._run(phase, plan, work, (budget.sizes, counts, length_seen), inputs)
+        given = (plan, self.policy, budget, work.lengths_seen, block.valid)
+        uneven = layers_step.share_out_and_cut(work.layers, held, *given) or counts is not None
         self._check_after(phase, plan, work, block)
         took(work, inputs[1].get("input_ids"), block.valid, seen, block.length, held, budget.whole)
         if phase != "decode":
-            if budget.counts is not None or block.valid is not None:
+            if uneven or block.valid is not None:
                 push_empty_left(work, fixed=self.engine.whole)
             work.mark()
             cache.__dict__.update(work.__dict__)
@@ -138,10 +144,47 @@ class Runner:
             work.mark()  # a graph for one slot is specialised, and so are the marks of what it makes
         return out
 
+    def _ragged(self, phase: str, plan: Plan, cache: Any, windows: Any, block: Block, budget: Quota, inputs: Inputs) -> Any:
+        """A step over blocks. What it writes belongs to nobody before it is over, so one that fails leaves all as it was."""
+        work = cache.view()
+        if phase == "prefill":
+            ragged_step.allocate(work, self.engine.slots_like(self.base), windows, block.batch, self.engine.whole)
+        held = [layer.slots for layer in work.layers]
+        room = ragged_step.Room(work, block.lengths, budget)
+        try:
+            whole = self.engine.whole if phase != "prefill" else frozenset()
+            slots = ragged_step.traced_view(work, room, plan, budget, whole)
+            given = (work.lengths_seen, *inputs, self.takes_positions)
+            out, seen = self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
+            self._check_after(phase, plan, work, block)
+            took(work, inputs[1].get("input_ids"), block.valid, seen, block.length, held, budget.whole)
+            if phase != "decode":
+                push_empty_left(work, fixed=self.engine.whole)
+            room.settle(slots, block.lengths)
+        except Unscored as unscored:
+            room.give_back()
+            self.engine.whole |= frozenset(unscored.layers)
+            if phase != "prefill":
+                raise _refused(self.engine.name, unscored) from unscored
+            return self._ragged(phase, plan, cache, windows, block, budget, inputs)
+        except Stranded as stranded:
+            room.give_back()
+            raise _refused(self.engine.name, stranded) from stranded
+        except BaseException:
+            room.give_back()
+            raise
+        cache.__dict__.update(work.__dict__)
+        return out
+
     def _static(self, phase: str, plan: Plan, cache: Any, windows: Any, block: Block, budget: Quota, inputs: Inputs) -> Any:
         """A step in place: all that can fail is checked before, and what is written is undone if it fails all the same."""
         written = [block.length] if budget.sizes is None else [slots_of(size) for size in budget.sizes]
         limit = hf.longest_text(self.base) if cache.tokens is None else cache.tokens
+        if self._layers_compete(plan):  # all is stored first, for which there may be no room
+            dense = cache.to_dense()
+            out = self._dense(phase, plan, dense, windows, block, budget, inputs)
+            layers_step.refill(cache, dense, block.length, limit)
+            return out
         cache.check_room(block.length, written, limit)
         if not cache.layers:
             cache.allocate(self.engine.slots_like(self.base), windows, block.batch, limit)
@@ -183,12 +226,33 @@ class Runner:
                 f"tokens seen, which is in a tensor there: {str(error).splitlines()[0]}. Use a kvfx.Cache, which grows."
             ) from error
 
+    def _pool(self, plan: Plan) -> str:
+        """Who competes for slots under a plan, see `kvfx.budget`."""
+        return "uniform" if plan.score is None or self.policy.budget is None else self.policy.budget.pool
+
+    def _layers_compete(self, plan: Plan) -> bool:
+        return self._pool(plan) == "layers"
+
+    def _check_layout(self, cache: Cache, plan: Plan, budget: Quota) -> None:
+        """Make sure that the layout of a cache can hold what the policy keeps."""
+        pool, ragged = self._pool(plan), isinstance(cache, RaggedCache)
+        if pool == "heads" and not ragged:
+            raise InputError(
+                f"budget=heads gives the heads of a layer unequally many slots, which a {type(cache).__name__} cannot hold. Leave "
+                "past_key_values out, or give a kvfx.RaggedCache; cache.to('ragged') makes one."
+            )
+        if ragged and (pool == "layers" or len(budget.sizes or ()) > 1):
+            raise InputError(
+                f"{self.policy.name} gives layers unequally many slots, which a kvfx.RaggedCache is not filled with. Compress "
+                "into a kvfx.Cache; cache.to('ragged') makes a ragged one of it."
+            )
+
     def _check_after(self, phase: str, plan: Plan, cache: Cache, block: Block) -> None:
         """What only the run of a step can tell."""
         if phase == "extend" and block.valid is not None and self.engine.counts_columns:
             raise uneven_turn(block, "distance in the bias that this model gives to each head, such as ALiBi")
         if plan.score is not None:
-            check_finite(cache, self.policy)
+            check_finite(cache.layers, self.policy)
 
     def _run(
         self, phase: str, plan: Plan, work: Cache, lengths: tuple[Any, Any, Any], inputs: tuple[Any, ...]
@@ -201,9 +265,12 @@ class Runner:
         padded = work.has_empty or (work._real is not None and any(layer.window for layer in work.layers))
         while True:
             whole = self.engine.whole if work.get_seq_length() else frozenset()
-            slots = SlotCache(work.layers, *lengths, start, padded, whole)
+            asked = layers_step.competitors(work.layers, self.engine.whole) if self._layers_compete(plan) else frozenset()
+            slots = SlotCache(work.layers, *lengths, start, padded, whole, asked)
             try:
                 return self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
+            except Unscored as unscored:
+                self.engine.whole |= frozenset(unscored.layers)
             except Stranded as stranded:
                 evicted = [layer for layer in stranded.layers if work.layers[layer].evicted]
                 if evicted or not stranded.layers.keys() - self.engine.whole:
@@ -211,49 +278,11 @@ class Runner:
                 self.engine.whole |= frozenset(stranded.layers)
 
 
-def _refused(name: str, stranded: Stranded) -> SiteRefused:
+def _refused(name: str, stranded: LayersFail) -> SiteRefused:
     return SiteRefused(
         f"slots were evicted from the cache of {name}, or have fixed places in it, but what reads the cache is not understood, so "
         f"that the next tokens cannot be computed:\n  {stranded}\nCompress with another policy, or with none, into a kvfx.Cache."
     )
-
-
-def check_owner(cache: Cache, runner: Any) -> None:
-    """Make sure that a cache was made by the model of a runner, which remembers the fingerprint that it last accepted.
-
-    Raises:
-        CacheMismatch: it was made by another one.
-    """
-    owner = Owner.of(runner.base)
-    if cache.owner == owner:
-        return
-    if cache.fingerprint is None and cache.owner is not None:
-        raise CacheMismatch(
-            f"this cache was made by another model than this {type(runner.base).__name__}, or with other adapters active. "
-            "Compress the context again with this one."
-        )
-    if cache.fingerprint is not None and (cache.fingerprint is not runner.accepted[0] or owner != runner.accepted[1]):
-        different = differences(fingerprint(runner.base), cache.fingerprint)
-        if different:
-            raise CacheMismatch("this cache was made by another model:\n  " + "\n  ".join(different))
-        runner.accepted = cache.fingerprint, owner  # which the copies of a loaded cache share: compared once
-    cache.owner = owner
-
-
-def check_finite(cache: Cache, policy: Policy) -> None:
-    """One host sync per eviction, so that a ranking by NaN is never used.
-
-    Raises:
-        InputError: a score is not finite.
-    """
-    checked = [layer.finite for layer in cache.layers if layer.finite is not None]
-    finite = torch.stack(checked).tolist() if checked else []
-    if not all(finite):
-        bad = [index for index, fine in enumerate(finite) if not fine]
-        raise InputError(
-            f"scores of {policy.name} are not finite in layers {bad}: the keys, queries or values there hold inf or nan. "
-            "Nothing was stored. Check the weights and the dtype (float16 overflows where bfloat16 does not)."
-        )
 
 
 def packed(tensor: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from kvfx.cache import Cache
 from kvfx.cache_step import note
 from kvfx.errors import CacheMismatch, PoolExhausted
 from kvfx.layouts import to_dense
-from kvfx.passes.capture import mark_dynamic
 from kvfx.static_layer import STATE, StaticLayer
 
 
@@ -190,16 +189,6 @@ class StaticCache(Cache):
             layer.clear()
         if seen is not None:
             seen.zero_()
-
-    def mark(self) -> None:
-        """Let caches of other rows, capacities and longest texts share graphs. Once, on tensors that no graph has made."""
-        for layer in self.layers:
-            for tensor in (layer.keys, layer.values, layer.prefix):
-                mark_dynamic(tensor, *((0, 2) if layer.window is None else (0,)))
-            if layer.length is not None:
-                mark_dynamic(layer.length, 0)
-        if self.lengths_seen is not None:
-            mark_dynamic(self.lengths_seen, 0)
 
     def _set_seen(self, seen: Tensor) -> None:
         same = self.lengths_seen is not None and self.lengths_seen.shape == seen.shape

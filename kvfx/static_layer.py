@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvfx.cache_layer import CacheLayer, Rows
 from kvfx.errors import CacheMismatch, PoolExhausted
+from kvfx.passes.capture import mark_dynamic
 
 STATE = ("keys", "values", "positions", "length")
 
@@ -60,6 +61,13 @@ class StaticLayer(CacheLayer):
         """The tensors by name: all that a forward changes."""
         held = zip(STATE, (self.keys, self.values, self.prefix, self.length), strict=True)
         return {name: tensor for name, tensor in held if tensor is not None}
+
+    def mark(self) -> None:
+        """Let caches of other rows and capacities share graphs."""
+        for tensor in (self.keys, self.values, self.prefix):
+            mark_dynamic(tensor, *((0, 2) if self.window is None else (0,)))
+        if self.length is not None:
+            mark_dynamic(self.length, 0)
 
     def edges(self) -> list[Tensor]:
         """Of its tensors those that tell slots from room; of a window all, whose slots are overwritten."""
@@ -193,6 +201,11 @@ class StaticLayer(CacheLayer):
         """Forget the last `tokens` slots, in place; rows have seen `seen` real tokens without them."""
         self.forget_from(seen)
         self.filled, self.tokens = self.filled - tokens, self.tokens - tokens
+
+
+def empty_last(count: Tensor, slots: int) -> Tensor:
+    """The place of each of `slots` slots, `[B, slots]`, when those on the left, all but `count` `[B]`, are empty and go behind."""
+    return (torch.arange(slots, device=count.device) + count[:, None]) % slots
 
 
 def in_place(tensor: Tensor, rows: Rows) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfx.cache_layer import SlotCache
 from kvfx.passes.cache_write import slots_of
+from kvfx.slot_cache import SlotCache
+from kvfx.static_layer import empty_last
 
 
 class StaticSlots(SlotCache):
@@ -20,6 +21,7 @@ class StaticSlots(SlotCache):
         empty: whether the model is to know which tokens of the text are padding.
     """
 
+    layout = "static"
     is_compileable = True  # so that transformers makes masks for fixed lengths
 
     def __init__(self, layers: Any, sizes: Any, counts: Any, longest: Tensor, has_past: bool, shows_padding: bool) -> None:
@@ -54,10 +56,7 @@ class StaticSlots(SlotCache):
         counts = None if self.counts is None else self.counts[min(index, len(self.counts) - 1)]
         size = self.sizes[min(index, len(self.sizes) - 1)]
         *stored, layer.finite = torch.ops.kvfx.cache_write(key, value, self.positions, counts, size, index)
-        order = None
-        if counts is not None:  # empty slots stand on the left, and go behind
-            slots = stored[0].shape[2]
-            order = (torch.arange(slots, device=key.device) + counts[:, None]) % slots
+        order = None if counts is None else empty_last(counts, stored[0].shape[2])
         layer.append(*stored, order, counts)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 
 from kvfx.algebra import NAMES, SPLICE, Atom, Combine, Number, Score, Splice, ZScore
-from kvfx.budget import ARGUMENTS, Budget, Protect
+from kvfx.budget import ARGUMENTS, POOLS, Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
 from kvfx.params import Word, bind, write_number
 from kvfx.policy import AXES, PLANNED, Policy, axis_error
@@ -107,7 +107,7 @@ def _read(text: str) -> Policy:
         raise PolicyError(_explain(text, error)) from None
     base = _preset(head, colon)
     axes: dict[str, Node] = {"score": head} if base is None else {}
-    if any(name == "keep" for name, _ in colon) and any(axis == "budget" for axis, _ in clauses):
+    if any(name == "keep" for name, _ in colon) and any(axis == "budget" and _names_amount(node) for axis, node in clauses):
         raise PolicyError("the budget is given twice, as ':KEEP' and as budget=. Give it once.")
     for axis, node in clauses:
         axis = axis or _axis_of(node)
@@ -194,15 +194,23 @@ def _budget(node: Node, base: Budget | None) -> Budget:
     """Read the budget axis over the preset's: what it does not name stays."""
     if not isinstance(node, Call):
         raise PolicyError("a budget names its pool: expected budget=uniform(0.5) or budget=uniform(tokens=1024).")
-    if node.name != "uniform":
+    if node.name not in POOLS:
         raise axis_error("budget", node.name)
-    given = bind("uniform", ARGUMENTS, node.arguments)
+    given = bind(node.name, ARGUMENTS, node.arguments)
     fields: dict[str, Any] = {"keep": None, "tokens": None} if "keep" in given or "tokens" in given else {}
+    fields["pool"] = node.name
     for name, value in given.items():
-        fields[ARGUMENTS[name]] = value if name == "keep" else _value(f"uniform({name}=)", value)
+        fields[ARGUMENTS[name]] = (
+            value if isinstance(value, Fraction) and name in ("keep", "floor") else _value(f"{node.name}({name}=)", value)
+        )
     if "rounding" in fields:
         fields["rounding"] = str(fields["rounding"])
     return replace(base, **fields) if base else Budget(**fields)
+
+
+def _names_amount(node: Node) -> bool:
+    """Whether a budget says how much is kept, and not only who competes for it."""
+    return not isinstance(node, Call) or any(name in (None, "keep", "tokens") for name, _ in node.arguments)
 
 
 def _protect(node: Node, base: Protect) -> Protect:

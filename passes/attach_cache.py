@@ -7,9 +7,10 @@ import operator
 from torch import fx
 
 from kvfx.passes.axes import Order, is_straight, ordered, peel
+from kvfx.passes.cache_ragged import READ_RAGGED
 from kvfx.passes.cache_read import READ, WINDOW
 from kvfx.passes.cache_static import READ_STATIC
-from kvfx.passes.cache_write import WRITE
+from kvfx.passes.cache_write import layer_of, writes_of
 from kvfx.passes.graph import aten, inputs, is_call, replace_outputs
 from kvfx.passes.output_weight import output_weight
 from kvfx.passes.plan import Plan
@@ -24,8 +25,8 @@ def attach_cache(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     """Fill in each site's cache spelling and layer; where it evicts, its `cache_write` and the taps of the plan."""
     rotations = [FutureRotation(future) for future in plan.futures]
     windows = _take_out_windows(module.graph)
-    writes = module.graph.find_nodes(op="call_function", target=WRITE)
-    by_key = {peel(write.args[0]): write for write in writes}
+    writes = writes_of(module.graph)
+    by_key = {peel(inputs(write)[0]): write for write in writes}
     taken: dict[fx.Node, Site] = {}
     for site in report.sites:
         if site.refusal:
@@ -37,10 +38,10 @@ def attach_cache(module: fx.GraphModule, plan: Plan, report: Report) -> None:
         except Refuse as refuse:
             site.refusal = site.refusal or refuse.reason
     report.layers = len(writes)
-    report.whole = tuple(write.args[5] for write in writes if write not in taken or taken[write].refusal)
+    report.whole = tuple(layer_of(write) for write in writes if write not in taken or taken[write].refusal)
     for write in writes:
         if write not in taken:
-            reason = f"cache layer {write.args[5]} stores keys that no attention found in this graph reads"
+            reason = f"cache layer {layer_of(write)} stores keys that no attention found in this graph reads"
             report.refusals.append(Refusal("attach_cache", reason, write.name))
 
 
@@ -72,11 +73,11 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
         with attention.graph.inserting_before(attention):
             site.nodes |= {"read": read, "key": ordered(*fresh_key), "value": ordered(*fresh_value)}
         new_key, new_value = peel(site.nodes["key"]), peel(site.nodes["value"])
-    elif _is_static(new_key, 0):
+    elif _is_marked(new_key, 0):
         read = inputs(new_key[0])[0]
-        if not _is_static(new_value, 1) or inputs(new_value[0])[0] is not read:
+        if not _is_marked(new_value, 1) or inputs(new_value[0])[0] is not read:
             raise Refuse(f"the values `{new_value[0].name}` that attention reads are not those of the cache's keys", value)
-        site.cache, site.layer = "static", inputs(read)[6]
+        site.cache, site.layer = "static" if is_call(read, READ_STATIC) else "ragged", inputs(read)[6]
         site.nodes["read"] = read
         if inputs(read)[3] is None:
             return
@@ -92,7 +93,7 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
         return
     if peel(inputs(write)[1]) != new_value:
         raise Refuse(f"the values `{new_value[0].name}` that attention reads are not what the cache stores", value)
-    site.layer = inputs(write)[5]
+    site.layer = layer_of(write)
     if write in taken:
         site.cache = f"shared with {taken[write].name}"
         return
@@ -100,13 +101,13 @@ def _attach(site: Site, writes: dict[Key, fx.Node], windows: dict[Key, tuple[int
     site.nodes |= {"write": write, "key": inputs(write)[0], "value": inputs(write)[1]}
 
 
-def _is_static(key: Key, output: int) -> bool:
-    """Whether a tensor is that output of a `static_read`, its axes in order."""
+def _is_marked(key: Key, output: int) -> bool:
+    """Whether a tensor is that output of a `static_read` or a `ragged_read`, its axes in order."""
     node, order = key
     return (
         is_call(node, operator.getitem)
         and inputs(node)[1] == output
-        and is_call(inputs(node)[0], READ_STATIC)
+        and is_call(inputs(node)[0], READ_STATIC, READ_RAGGED)
         and is_straight(order)
     )
 

@@ -35,7 +35,6 @@ from torch.utils import _pytree as pytree
 
 Compiled = Callable[..., Any]
 Rewrite = Callable[[fx.GraphModule], None]
-# An op took a size for unknown, because it could not ask.
 
 
 class UnknownSize(Exception):

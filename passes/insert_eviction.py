@@ -7,30 +7,44 @@ import operator
 import torch
 from torch import fx
 
-from kvfx.passes.cache_write import WRITE
+from kvfx.passes.cache_write import SCORE, layer_of, writes_of
 from kvfx.passes.graph import aten, call, inputs, replace_outputs, sort_topologically, val
 from kvfx.passes.plan import Plan, Splice
-from kvfx.passes.report import Report, Site
+from kvfx.passes.report import Report, Site, Unscored
 from kvfx.passes.traced_op import Traces, call_op
 
 
 def insert_eviction(module: fx.GraphModule, plan: Plan, report: Report) -> None:
-    """Replace every `cache_write`: by the kept slots where the site has a score, else by everything."""
+    """Replace every `cache_write`: by the kept slots where the site has a score, else by everything. And `cache_score` by scores.
+
+    Raises:
+        Unscored: a `cache_score` stands where a site has none.
+    """
     graph, traces = module.graph, report.traces
     scored = {site.nodes["write"]: site for site in report.sites if "score" in site.nodes}
-    for write in graph.find_nodes(op="call_function", target=WRITE):
-        key, value, positions, counts, size, _ = inputs(write)
+    writes = writes_of(graph)
+    unscored = [layer_of(write) for write in writes if write.target is SCORE and write not in scored]
+    if unscored:
+        reasons = {site.layer: site.refusal for site in report.sites}
+        raise Unscored({layer: reasons.get(layer) or "no attention found in this graph reads it" for layer in unscored})
+    for write in writes:
         if write not in scored:
             replace_outputs(write, _keep_all(graph, write))
             continue
         site = scored[write]
         with graph.inserting_before(_behind(site.nodes["score"])):
-            count = call(graph, operator.sub, call(graph, aten.sym_size.int, size, 0), 1)
             scores, finite = _protect(graph, traces, site, "score", plan)
+            first = scores
             if isinstance(plan.score, Splice):
                 first, first_finite = _protect(graph, traces, site, "first", plan)
-                scores = call_op(graph, traces, "splice", first, scores, count, counts, *plan.score.share.as_integer_ratio())
                 finite = call(graph, aten.logical_and.default, finite, first_finite)
+            if write.target is SCORE:
+                replace_outputs(write, [first, scores, finite])
+                continue
+            key, value, positions, counts, size, _ = inputs(write)
+            count = call(graph, operator.sub, call(graph, aten.sym_size.int, size, 0), 1)
+            if isinstance(plan.score, Splice):
+                scores = call_op(graph, traces, "splice", first, scores, count, counts, *plan.score.share.as_integer_ratio())
             slots = call_op(graph, traces, "select", scores, count, counts)
             compact = call_op(graph, traces, "compact", key, value, positions, slots, counts is not None)
             kept = [call(graph, operator.getitem, compact, i) for i in range(3)]

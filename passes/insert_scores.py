@@ -10,7 +10,7 @@ from torch import fx
 
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.attention.logits import is_head_bias
-from kvfx.passes.graph import aten, call, constant, inputs, replace, schema_of, val
+from kvfx.passes.graph import aten, call, constant, inputs, is_call, replace, schema_of, val
 from kvfx.passes.plan import Combine, Expr, OpCall, Plan, Scalar, Sketch, Splice, ZScore
 from kvfx.passes.report import Report, Site
 from kvfx.passes.traced_op import Traces, call_op
@@ -44,7 +44,7 @@ def insert_scores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
 class _Builder:
     def __init__(self, module: fx.GraphModule, site: Site, plan: Plan, traces: Traces) -> None:
         self.module, self.graph, self.site, self.plan, self.traces = module, module.graph, site, plan, traces
-        self.attention = inputs(site.nodes["attention"])
+        self.attention = _of_attention(site.nodes["attention"])
         self.built: dict[Expr | None, Any] = {}
 
     def valid(self) -> fx.Node | None:
@@ -137,9 +137,15 @@ class _Builder:
         return call_op(self.graph, self.traces, name, *args)
 
 
+def _of_attention(node: fx.Node) -> list[Any]:
+    """The arguments of `attention`, also where it reads blocks besides the new tokens."""
+    given = inputs(node)
+    return [*given[:4], 0.0, False, *given[-3:]] if is_call(node, torch.ops.kvfx.ragged_attention.default) else given
+
+
 def _gives_lse(attention: fx.Node, new_key: fx.Node) -> bool:
     """Whether a CPU's flash attention computes it: causal by flag, over the new tokens alone."""
-    query, key, value, mask, _, is_causal, _, softcap, sinks = inputs(attention)
+    query, key, value, mask, _, is_causal, _, softcap, sinks = _of_attention(attention)
     tensors = [val(node) for node in (query, key, value)]
     alike = len({tensor.shape[3] for tensor in tensors}) == 1 and all(tensor.stride(3) == 1 for tensor in tensors)
     plain = mask is None and softcap is None and sinks is None

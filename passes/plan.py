@@ -134,6 +134,8 @@ class Plan:
         keep: how many tokens stay, in an exported program; None elsewhere, where an input of the graph says so.
         windows: of an exported model, for each cache layer the tokens that its sliding window sees, or None if it sees all; a layer
             with a window is left whole. Empty if no layer has one.
+        floor: of what a head keeps on average, the share that every head of a layer keeps in any case; with 1 heads do not compete.
+        least: tokens that every head keeps in any case, unless the average is less.
     """
 
     score: Expr | None
@@ -146,6 +148,8 @@ class Plan:
     per: int = 0
     keep: Keep | None = None
     windows: tuple[int | None, ...] = ()
+    floor: Fraction = Fraction(1)
+    least: int = 0
 
     def calls(self) -> Iterator[OpCall]:
         """The op calls of the score, left to right."""

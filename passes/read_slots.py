@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from kvfx.passes.attention.logits import is_head_bias
 from kvfx.passes.axes import peel
+from kvfx.passes.cache_ragged import READ_RAGGED
 from kvfx.passes.cache_read import READ
 from kvfx.passes.cache_static import READ_STATIC
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, replace_outputs, val
@@ -15,7 +16,7 @@ from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report, Site, Stranded
 from kvfx.passes.traced_op import Traces, call_op
 
-LAYER = {READ: 6, READ_STATIC: 6}  # which argument it is
+LAYER = 6  # which argument of each marker it is
 
 
 def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
@@ -34,15 +35,14 @@ def read_slots(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             report.counts_columns |= is_head_bias(mask)
             if mask is not None:
                 site.nodes["mask"] = mask
-            swap = _swap_static if is_call(site.nodes["read"], READ_STATIC) else _swap
-            swap(site, report.traces)
+            SWAPS[site.nodes["read"].target](site, report.traces)
         except Refuse as refuse:
             site.refusal = refuse.reason
-    for read in [node for node in module.graph.nodes if is_call(node, READ, READ_STATIC)]:
+    for read in [node for node in module.graph.nodes if is_call(node, *SWAPS)]:
         _erase_unused(read)
         if read._erased:
             continue
-        layer = inputs(read)[LAYER[read.target]]
+        layer = inputs(read)[LAYER]
         if read.target is READ and inputs(read)[-1]:
             replace_outputs(read, inputs(read)[:2])
             continue
@@ -59,8 +59,7 @@ def _swap(site: Site, traces: Traces) -> None:
     nodes, attention = site.nodes, site.nodes["attention"]
     query, key, _, mask, _, is_causal = inputs(attention)[:6]
     keys, values, prefix, start, seen, size, _, empty, whole = inputs(nodes["read"])
-    if is_causal:
-        raise Refuse("attention over a cache is causal by flag, which counts keys from the first one", attention)
+    _refuse_flag(is_causal, attention)
     graph, heads = attention.graph, val(query).shape[1]
     with graph.inserting_before(attention):
         columns = _four_axes(mask) if mask is not None else None
@@ -80,23 +79,53 @@ def _swap_static(site: Site, traces: Traces) -> None:
     nodes, attention = site.nodes, site.nodes["attention"]
     query, _, _, mask, _, is_causal = inputs(attention)[:6]
     keys, values, columns, key, value, tokens, _ = inputs(nodes["read"])
-    if is_causal:
-        raise Refuse("attention over a cache is causal by flag, which counts keys from the first one", attention)
+    _refuse_flag(is_causal, attention)
     graph = attention.graph
     if key is not None:
         # Where they are read, because what is written in place behind that shall not be seen.
         with graph.inserting_before(nodes["read"]):
             keys, values = (call(graph, aten.cat.default, pair, 2) for pair in ([keys, key], [values, value]))
     with graph.inserting_before(attention):
-        if mask is not None:
-            mask = _four_axes(mask)
-            columns_given, expected = val(mask).shape[3], val(tokens) if isinstance(tokens, fx.Node) else tokens
-            if str(columns_given) not in (str(expected), "1"):
-                raise Refuse(f"the mask `{mask.name}` has {columns_given} columns for {expected} tokens", mask)
+        mask = _over(tokens, mask)
         taken = call_op(graph, traces, "column_mask", mask, columns, val(query).shape[1])
         swapped = call_op(graph, traces, "attention", query, keys, values, taken, *inputs(attention)[4:])
     replace(attention, swapped)
     nodes["attention"] = swapped
+
+
+def _swap_ragged(site: Site, traces: Traces) -> None:
+    nodes, attention = site.nodes, site.nodes["attention"]
+    query, _, _, mask, dropout, is_causal, *rest = inputs(attention)
+    *pool, key, value, tokens, _, table, lengths, work, shift, chunk = inputs(nodes["read"])
+    _refuse_flag(is_causal, attention)
+    if dropout:
+        raise Refuse(f"attention drops weights out ({dropout}), which no kernel over blocks does", attention)
+    graph = attention.graph
+    with graph.inserting_before(attention):
+        mask = _over(tokens, mask)
+        given = (query, key, value, mask, *pool, table, lengths, *work, shift, chunk, *rest)
+        swapped = call_op(graph, traces, "ragged_attention", *given)
+    replace(attention, swapped)
+    nodes["attention"] = swapped
+
+
+SWAPS = {READ: _swap, READ_STATIC: _swap_static, READ_RAGGED: _swap_ragged}
+
+
+def _refuse_flag(is_causal: bool, attention: fx.Node) -> None:
+    if is_causal:
+        raise Refuse("attention over a cache is causal by flag, which counts keys from the first one", attention)
+
+
+def _over(tokens: Any, mask: fx.Node | None) -> fx.Node | None:
+    """A mask over `tokens` tokens, or one column for all of them, with four axes."""
+    if mask is None:
+        return None
+    mask = _four_axes(mask)
+    given, expected = val(mask).shape[3], val(tokens) if isinstance(tokens, fx.Node) else tokens
+    if str(given) not in (str(expected), "1"):
+        raise Refuse(f"the mask `{mask.name}` has {given} columns for {expected} tokens", mask)
+    return mask
 
 
 def _erase_unused(node: fx.Node) -> None:

@@ -17,12 +17,20 @@ class Refuse(Exception):
         self.node = node
 
 
-class Stranded(Exception):
-    """Raised when the slots of layers that evicted cannot be given to what reads them; `layers` says why, by layer."""
+class LayersFail(Exception):
+    """Raised when something cannot be done in some layers; `layers` says why, by layer. Leaves the passes."""
 
     def __init__(self, layers: dict[int, str]) -> None:
         super().__init__("; ".join(f"layer {layer}: {reason}" for layer, reason in layers.items()))
         self.layers = layers
+
+
+class Stranded(LayersFail):
+    """The slots of layers that evicted cannot be given to what reads them."""
+
+
+class Unscored(LayersFail):
+    """The new tokens of layers cannot be scored, and their cache asks for scores: no attention is understood that reads them."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from kvfx.passes import capture
-from kvfx.passes.cache_write import WRITE
+from kvfx.passes.cache_write import writes_of
 from kvfx.passes.graph import schema_of
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report
@@ -40,7 +40,7 @@ def _unattached(module: fx.GraphModule, plan: Plan, report: Report) -> Iterator[
 
 
 def _left_behind(module: fx.GraphModule, plan: Plan, report: Report) -> Iterator[str]:
-    for node in module.graph.find_nodes(op="call_function", target=WRITE):
+    for node in writes_of(module.graph):
         yield f"{node.name} still stands; nothing decided what it keeps"
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from kvfx.cache import CacheLayer, SlotCache
+from kvfx.cache import CacheLayer
+from kvfx.slot_cache import SlotCache
 from kvfx.engine import step
 from kvfx.passes import PIPELINE, capture
 from kvfx.passes.cache_write import size_of

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+import reference
 from reference import Taps
 
 
@@ -110,6 +113,57 @@ DEFINITIONS: dict[str, tuple[Callable[[Taps], Tensor], int, int]] = {  # score, 
     "chunkkv(window=16, chunk=5)": (chunkkv, 0, 16),
 }
 
+# -- heads of a layer that compete -------------------------------------------------------------------------------------------------
+
+
+class Heads(NamedTuple):
+    """What decides among heads: the score, a second one for what a first share leaves over, protection, and the floor."""
+
+    first: Callable[[Taps], Tensor]
+    then: Callable[[Taps], Tensor] | None
+    sinks: int
+    recent: int
+    floor: Fraction = Fraction(0)
+    share: Fraction = Fraction(0)
+
+
+def critical(taps: Taps, size: int = 16) -> Tensor:
+    return (snapkv(taps, size) + 1e-4) * reference.projected(taps)
+
+
+def compactor_engine(taps: Taps, sketch: Tensor) -> Tensor:
+    """Attention inside chunks of 128, summed over queries and the heads of a group, and leverage."""
+    query, key = taps.query[0].double(), taps.key[0].double()
+    attention, group = torch.zeros(key.shape[:2], dtype=torch.float64), len(query) // len(key)
+    for head, start in ((head, start) for head in range(len(query)) for start in range(0, key.shape[1], 128)):
+        part = slice(start, start + 128)
+        attention[head // group, part] += (query[head, part] @ key[head // group, part].T).softmax(-1).sum(0)
+    outliers = reference._leverage(taps.pre_key[0].double(), sketch.double(), 512)
+    return reference._standard(attention, 16, 64) + 0.5 * reference._standard(outliers, 16, 64)
+
+
+HEADS: dict[str, Heads] = {
+    "adakv(window=16)": Heads(snapkv, None, 0, 16, Fraction(1, 5)),
+    "critical_adakv(window=16)": Heads(snapkv, critical, 0, 16, Fraction(1, 5), Fraction(1, 2)),
+}
+
+
+def among_heads(first: Tensor, then: Tensor | None, count: int, floor: Fraction, share: Fraction) -> list[list[int]]:
+    """What each head keeps of one row, whose heads share `count` slots each in the mean; both scores with protected ends."""
+    heads, sure = range(len(first)), floor.numerator * count // floor.denominator
+    ranked = [sorted(range(first.shape[1]), key=lambda t, row=row: (-row[t], t)) for row in first.tolist()]
+    pairs = sorted((r >= sure, -float(first[h, t]) if r >= sure else 0, t, h) for h in heads for r, t in enumerate(ranked[h]))
+    numbers = [sum(winner == h for *_, winner in pairs[: len(first) * count]) for h in heads]
+    if then is None:
+        return [sorted(ranked[h][: numbers[h]]) for h in heads]
+    kept = []
+    for h in heads:
+        taken = ranked[h][: max(sure, max(1, int(share * numbers[h])) if numbers[h] else 0)]
+        rest = sorted(set(range(first.shape[1])) - set(taken), key=lambda t, h=h: (-float(then[h, t]), t))
+        kept.append(sorted((taken + rest)[: numbers[h]]))
+    return kept
+
+
 # -- kvpress 0.5.5: scores carry what is protected, counts are floats --------------------------------------------------------------
 
 
@@ -165,4 +219,31 @@ PRESSES: dict[str, Callable[[Taps, float], Tensor]] = {
     "h2o_prefill@kvpress": lambda taps, keep: h2o_prefill(taps),
     "lagkv@kvpress": lambda taps, keep: lagkv(taps, 128, 4),
     "chunkkv@kvpress": chunk_press,
+}
+
+
+def heads_press(score: Tensor, then: Tensor | None, keep: float, safeguard: float = 0.2) -> list[list[int]]:
+    """What AdaKVPress leaves of scores without ties, or with a second score CriticalAdaKVPress."""
+    score, most = score.clone(), torch.finfo(torch.float64).max
+    heads, length = score.shape
+    kept = max(1, int(length * keep))
+    safe = score.topk(max(1, int(kept * safeguard)), -1).indices
+    score.scatter_(-1, safe, most)
+    if then is None:
+        gone = set((-score).flatten().topk(heads * (length - kept)).indices.tolist())
+        return [[t for t in range(length) if head * length + t not in gone] for head in range(heads)]
+    numbers = torch.bincount(score.flatten().topk(kept * heads).indices // length, minlength=heads).tolist()
+    out = []
+    for head, number in enumerate(numbers):
+        taken = set(safe[head].tolist()) | set(score[head].topk(int(number * 0.5)).indices.tolist())
+        second = then[head].clone()
+        second[list(taken)] = most
+        out.append(sorted(second.topk(number).indices.tolist()))
+    return out
+
+
+# Scores of presses whose heads compete: the first, and the second.
+HEADS_PRESSES: dict[str, tuple[Callable[[Taps], Tensor], Callable[[Taps], Tensor] | None]] = {
+    "adakv@kvpress": (snapkv_press, None),
+    "critical_adakv@kvpress": (snapkv_press, lambda taps: (snapkv_press(taps) + 1e-4) * reference.projected(taps)),
 }

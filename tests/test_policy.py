@@ -79,6 +79,19 @@ KEEPS = st.one_of(
 SHARES = st.one_of(KEEPS, st.just(Fraction(0)))
 
 
+def pooled():
+    """Budgets that heads or layers compete for."""
+    floors, amount = st.one_of(SHARES, st.just(Fraction(0))), {"tokens": st.integers(100, 10**6)}
+    most, least = st.one_of(st.none(), st.integers(10**6, 10**9)), st.sampled_from([0, 2, 7, 99])
+    heads, layers = {"pool": st.just("heads")}, {"pool": st.just("layers"), "most": most}
+    return st.one_of(
+        st.builds(Budget, KEEPS, **heads, floor=floors, least=least, rounding=st.sampled_from(["floor", "kvpress"])),
+        st.builds(Budget, KEEPS, **layers, floor=floors, least=least),
+        st.builds(Budget, **amount, **heads, floor=floors),
+        st.builds(Budget, **amount, **layers, least=least),
+    )
+
+
 @st.composite
 def policies(draw):
     kvpress = st.builds(Budget, KEEPS, rounding=st.just("kvpress"))
@@ -87,14 +100,16 @@ def policies(draw):
     shaped = st.builds(lambda keep, per, shape: Budget(keep, per=per, **shape), KEEPS, values(PER), shapes)
     kvpress_pyramid = st.builds(Budget, KEEPS, rounding=st.just("kvpress"), **pyramids)
     counted = st.builds(Budget, tokens=st.integers(1, 10**6))
-    budget = draw(st.one_of(st.builds(Budget, KEEPS), counted, shaped, kvpress, kvpress_pyramid))
+    budget = draw(st.one_of(st.builds(Budget, KEEPS), counted, shaped, kvpress, kvpress_pyramid, pooled()))
     score = draw(st.one_of(SCORE, st.builds(Splice, SCORE, SCORE, SHARES)) if budget.per == ROW else SCORE)
-    ends = st.integers(0, 2**20 if budget.tokens is None else budget.tokens // 2)
+    ends = st.integers(0, (2**20 if budget.tokens is None else budget.tokens) // 2 if budget.most is None else 1)
     protect = draw(st.builds(Protect, ends, ends)) if budget.rounding == "floor" else Protect()
     together = {
         "unit": draw(values(OneOf({"token": None, "chunk": Int(2)}))) if budget.per == ROW else TOKEN,
-        "align": draw(st.sampled_from(["perhead", "shared"])),
+        "align": draw(st.sampled_from(["perhead", "shared"])) if budget.pool != "heads" else "perhead",
     }
+    if budget.pool != "uniform" and budget.rounding == "kvpress":
+        together["unit"] = TOKEN
     try:
         return Policy(score, budget, protect, **together)
     except PolicyError:  # blend=removed under a count
@@ -190,8 +205,18 @@ def test_positional_and_named_arguments_are_the_same():
         ("compactor | budget=uniform(tokens=1024) | protect(recent=0)", Budget(tokens=1024), Protect(8, 0)),
         ("compactor | budget=uniform(0.3)", Budget(0.3), Protect(8, 4)),
         ("compactor@kvpress | budget=uniform(0.3)", Budget(0.3, rounding="kvpress"), Protect()),
-        ("knorm:0.3 | budget=uniform(round=kvpress)", None, None),
+        ("knorm:0.3 | budget=uniform(0.3)", None, None),
+        ("knorm:0.3 | budget=uniform(tokens=9)", None, None),
+        ("knorm:0.3 | budget=uniform(round=kvpress)", Budget(0.3, rounding="kvpress"), Protect()),
+        ("snapkv:0.3 | budget=heads(floor=0.2)", Budget(0.3, pool="heads", floor="0.2"), Protect(0, 64)),
         ("compactor:0.3 | score=-knorm | pos=keep", Budget(0.3), Protect(8, 4)),
+        ("snapkv:0.3 | protect(recent=8)", Budget(0.3), Protect(0, 8)),
+        ("snapkv | budget=heads(0.3, floor=20%)", Budget(0.3, pool="heads", floor=Fraction(1, 5)), Protect(0, 64)),
+        ("snapkv | budget=heads(floor=0.2)", Budget(0.5, pool="heads", floor=Fraction(1, 5)), Protect(0, 64)),
+        ("snapkv | budget=layers(tokens=100, max=none)", Budget(tokens=100, pool="layers"), Protect(0, 64)),
+        ("snapkv | budget=layers(min=2, max=900)", Budget(0.5, pool="layers", most=900), Protect(0, 64)),
+        ("pyramidkv | budget=heads(0.3, shape=flat)", Budget(0.3, pool="heads"), Protect(0, 64)),
+        ("snapkv@kvpress | budget=heads(floor=0.2)", Budget(0.5, pool="heads", floor="0.2", rounding="kvpress"), Protect()),
     ],
 )
 def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
@@ -208,10 +233,10 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
     [
         (
             "compacter:0.5",
-            r"unknown policy 'compacter'. Did you mean 'compactor'\? Known: chunkkv, chunkkv@kvpress, compactor, ",
+            r"unknown policy 'compacter'. Did you mean 'compactor'\? Known: adakv, adakv@kvpress, chunkkv, ",
         ),
-        ("adakv", "unknown policy 'adakv'.*leverage"),
-        ("compactor@engine:0.5", "unknown policy 'compactor@engine'"),
+        ("kvzip", "unknown policy 'kvzip'.*leverage"),
+        ("compactor@paper:0.5", "unknown policy 'compactor@paper'"),
         ("-knormal | budget=uniform(0.5)", r"unknown score 'knormal'. Did you mean 'knorm'\?"),
         ("compactor(sed=3)", r"unknown argument of the preset compactor: 'sed'. Did you mean 'seed'\?"),
         ("none:0.5", "unknown argument of the preset none: 'keep'"),
@@ -273,7 +298,27 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
         ("splice(knorm, 3, 0.5) | budget=uniform(0.5)", "the same for every token"),
         ("splice(knorm, zscore(3), 0.5) | budget=uniform(0.5)", "standardises a constant"),
         ("splice(knorm, none, 0.5) | budget=uniform(0.5)", "unknown score 'none'"),
-        ("compactor | budget=heads(0.3)", "'budget=heads' is planned but not built yet"),
+        ("compactor | budget=pages(0.3)", "unknown value of the axis budget: 'pages'. Known: heads, layers, uniform"),
+        ("compactor | budget=heads(floor=1.5)", r"floor=1.5 is outside \[0, 1\]"),
+        ("compactor | budget=heads(floor=half)", "floor=.*is not a fraction"),
+        ("compactor | budget=heads(0.3, tokens=9)", r"either a fraction kept, heads\(0.5\), or a count"),
+        ("compactor | budget=heads(max=9)", "max=9 means nothing in heads.*which takes round, floor, min.*write max=none"),
+        ("compactor | budget=uniform(floor=0.2)", "floor=0.2 means nothing in uniform.*write floor=0"),
+        ("compactor | budget=layers(round=kvpress)", "round=kvpress means nothing in layers.*write round=floor"),
+        ("pyramidkv | budget=heads(0.3)", r"shape=pyramid\(20\) means nothing in heads.*write shape=flat"),
+        ("-knorm | budget=layers(0.3, per=chunk(9))", r"per=chunk\(9\) means nothing in layers.*write per=row"),
+        ("-knorm | align=shared | budget=heads(0.3)", "align=shared, cannot compete"),
+        ("-knorm | budget=heads(tokens=9, min=10)", "tokens=9 is less than min=10"),
+        ("-knorm | budget=layers(tokens=1)", "tokens=1 is less than min=2"),
+        ("-knorm | budget=heads(tokens=90, floor=0.5, min=10)", "floor=0.5 a number of tokens, so that it or min=10 says nothing"),
+        ("-knorm | budget=layers(0.3, min=1)", "keeps 2 slots at least. Write min=2"),
+        ("-knorm | budget=layers(0.3, min=9, max=8)", "max=8 is less than min=9"),
+        ("-knorm | budget=layers(tokens=9, max=8)", "max=8 is less than tokens=9"),
+        ("-knorm | budget=layers(0.3, max=0)", r"layers\(max=0\) is no count: expected an integer >= 1, or none"),
+        ("snapkv | budget=layers(0.3, max=63)", r"max=63 is less than the 64 tokens of protect\(sinks=0, recent=64\)"),
+        ("snapkv | budget=heads(tokens=63)", r"tokens=63 is less than the 64 tokens of protect"),
+        ("-knorm | unit=chunk(9) | budget=heads(0.3, round=kvpress)", r"Leave unit=chunk\(9\) out"),
+        ("compactor | heads(0.3)", "'heads' is no clause"),
         ("compactor | pos=rerotate", "'pos=rerotate' is planned but not built yet.*Built: pos=keep"),
         ("compactor | composite", "'align=composite' is planned but not built yet.*Built: align=perhead or shared"),
         ("compactor | unit=head", "'unit=head' is planned but not built yet.*Built: unit=token or chunk"),
@@ -357,7 +402,11 @@ def test_bad_json_and_yaml_are_refused():
 
 
 @given(
-    st.one_of(st.builds(Budget, KEEPS), st.builds(Budget, tokens=st.integers(1, 5000))),
+    st.one_of(
+        st.builds(Budget, KEEPS, pool=st.sampled_from(["uniform", "heads"])),
+        st.builds(Budget, tokens=st.integers(1, 5000)),
+        st.builds(Budget, KEEPS, pool=st.just("heads"), floor=SHARES, least=st.integers(0, 99)),
+    ),
     st.integers(1, 10**6),
     st.integers(0, 100),
 )
@@ -367,6 +416,14 @@ def test_count_stays_within_its_bounds(budget, length, protected):
     assert count >= min(length, protected)
     amount = budget.tokens or budget.keep * length
     assert count <= max(1, protected, amount)
+
+
+@given(KEEPS, st.integers(1, 10**4), st.integers(0, 9), st.one_of(st.none(), st.integers(9, 200)))
+def test_layers_that_compete_share_two_slots_each_at_least_and_no_more_than_they_may(keep, length, protected, most):
+    budget = Budget(keep, pool="layers", most=most)
+    count = budget.count(length, protected)
+    assert count == min(length, max(2, protected, int(keep * length)), most or length)
+    assert budget.counts(length, protected, 5) == [count] * 5
 
 
 @given(KEEPS, KEEPS, st.integers(1, 10**6), st.integers(0, 100))
@@ -399,7 +456,7 @@ def test_with_keep_changes_only_the_keep():
 
 def test_only_kvpress_couples_the_rows_of_a_batch():
     coupled = [name for name in PRESETS if Policy.parse(name).batch_coupled]
-    kvpress = ["compactor", "snapkv", "pyramidkv", "tova", "expected_attention", "chunkkv", "criticalkv"]
+    kvpress = ["compactor", "snapkv", "pyramidkv", "tova", "expected_attention", "chunkkv", "criticalkv", "adakv", "critical_adakv"]
     assert coupled == [f"{name}@kvpress" for name in kvpress]
 
 
@@ -408,6 +465,13 @@ LEVERAGE = OpCall("leverage", ("pre_key",), Sketch(48, 0), (("chunk", 512),))
 KEY_NORM = OpCall("key_norm", ("key",))
 KVPRESS = OpCall("kvpress_compactor", ("query", "key", "value", "pre_key"), Sketch(48, 0), (("blend", 0.5), ("chunk", 256)))
 COMPACTOR = plan.Combine("add", plan.ZScore(ATTENTION), plan.Combine("mul", Scalar(0.3), plan.ZScore(LEVERAGE)))
+
+
+ENGINE = plan.Combine(
+    "add",
+    plan.ZScore(OpCall("chunk_attention", ("query", "key"), None, (("chunk", 128), ("scale", 1.0), ("pool", 1)))),
+    plan.Combine("mul", Scalar(0.5), plan.ZScore(OpCall("leverage", ("pre_key",), Sketch(48, 42), (("chunk", 512),)))),
+)
 
 
 def attention_call(op, *options, pool=1):
@@ -461,6 +525,11 @@ PLANS = {
     "lagkv@kvpress": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4)))),
     "chunkkv": Plan(SNAPKV, recent=64, shared=True, chunk=20),
     "chunkkv@kvpress": Plan(kvpress_window(64, 5, False), shared=True, chunk=20),
+    "compactor@engine": Plan(ENGINE, sinks=16, recent=64),
+    "adakv": Plan(SNAPKV, recent=64),
+    "adakv@kvpress": Plan(kvpress_window(64, 5, False)),
+    "critical_adakv": Plan(critical(SNAPKV), recent=64),
+    "critical_adakv@kvpress": Plan(critical(kvpress_window(64, 5, False))),
     "random": Plan(OpCall("random", ("key",), None, (("seed", 0),))),
 }
 

@@ -426,7 +426,7 @@ def test_a_stock_model_is_refused_where_its_mask_would_be_wrong():
 @pytest.mark.parametrize(
     ("layout", "room", "error", "message"),
     [
-        ("paged", {}, kvfx.InputError, r"unknown layout 'paged'; known: \['dense', 'static'\]"),
+        ("paged", {}, kvfx.InputError, r"unknown layout 'paged'; known: \['dense', 'static', 'ragged'\]"),
         ("static", {}, kvfx.InputError, r"to\('static'\) needs capacity=.* and tokens="),
         ("static", {"capacity": 19, "tokens": 99}, kvfx.PoolExhausted, "layer 0 holds 0 of 19 slots and 20 are to be stored"),
     ],

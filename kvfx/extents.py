@@ -1,0 +1,209 @@
+"""Which blocks of a pool hold the slots of each layer, row and KV head: known on the host, and as tensors that graphs read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvfx.passes.capture import mark_dynamic
+from kvfx.pool import Pool
+from kvfx.work_list import WorkList, work_list
+
+CHUNK = 128
+
+
+class Extents:
+    """An extent is the run of slots of one layer, row and KV head; as long as that head has tokens, and spread over blocks.
+
+    The host knows all lengths without asking the device: it is told those that eviction chose, and every other step adds as many to
+    all heads of a row.
+
+    Attributes:
+        pool: the blocks.
+        lengths: slots of each extent, `[L, B, Hkv]` int64.
+        table: blocks of each extent in order, `[L, B, Hkv, m]` int32; behind those that its length needs, `pool.NOBODY`.
+        device_lengths: `lengths` for graphs, which count them on.
+        device_table: `table` for graphs.
+        work: how attention splits its work, see `kvfx.work_list`.
+    """
+
+    def __init__(self, pool: Pool, layers: int, rows: int, heads: int) -> None:
+        self.pool = pool
+        self.lengths = np.zeros((layers, rows, heads), dtype=np.int64)
+        self.table = np.zeros((layers, rows, heads, 2), dtype=np.int32)
+        self.device_lengths: Tensor
+        self.device_table: Tensor
+        self.work: WorkList
+        self.upload()
+
+    # -- what is held ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """The blocks owned, those that several extents share several times."""
+        return self.table[self._owned(self._needed(self.lengths))]
+
+    def _needed(self, lengths: np.ndarray) -> np.ndarray:
+        return -(-lengths // self.pool.block_size)
+
+    def _owned(self, blocks: np.ndarray) -> np.ndarray:
+        return np.arange(self.table.shape[3]) < blocks[..., None]
+
+    def slots(self, layer: int) -> np.ndarray:
+        """Where in the pool the slots of a layer are, extent behind extent, `[sum of lengths]` int64."""
+        lengths, size = self.lengths[layer].flatten(), self.pool.block_size
+        extent = np.repeat(np.arange(len(lengths)), lengths)
+        at = np.arange(len(extent)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        blocks = self.table[layer].reshape(len(lengths), -1)
+        return blocks[extent, at // size].astype(np.int64) * size + at % size
+
+    def tensors(self) -> list[Tensor]:
+        """What is held on the device beside the pool."""
+        return [self.device_lengths, self.device_table, *self.work]
+
+    # -- room for what comes ---------------------------------------------------------------------------------------------------
+
+    def make_room(self, new: Sequence[int]) -> None:
+        """Have room for `new[b]` more slots in all extents of row b.
+
+        Raises:
+            PoolExhausted: there is none. Nothing has changed.
+        """
+        more = np.asarray(new)[None, :, None]
+        wanted, held = self._needed(self.lengths + more), self._needed(self.lengths)
+        shared = self._shared_tails(more > 0)
+        taken = self.pool.take(int((wanted - held).sum()) + len(shared[0]))
+        if not len(taken):
+            return
+        self._part_tails(shared, taken[: len(shared[0])])
+        self._widen(int(wanted.max()))
+        self.table[self._owned(wanted) & ~self._owned(held)] = taken[len(shared[0]) :]
+        self.upload()
+
+    def fill(self, lengths: np.ndarray) -> None:
+        """Own blocks for extents of these lengths, `[L, B, Hkv]`; there were none.
+
+        Raises:
+            PoolExhausted: there is no room for them.
+        """
+        needed = self._needed(lengths)
+        taken = self.pool.take(int(needed.sum()))
+        self._widen(int(needed.max()))
+        self.table[self._owned(needed)] = taken
+        self.lengths = lengths.astype(np.int64)
+        self.upload()
+
+    def reserve(self, kept: Sequence[int]) -> np.ndarray:
+        """Own blocks enough for each layer to keep `kept[b]` more slots for every head of row b, whichever heads get them.
+
+        Returns:
+            Blocks, `[L, R]`.
+
+        Raises:
+            PoolExhausted: there are not so many. Nothing has changed.
+        """
+        layers, _, heads = self.lengths.shape
+        spare = self.pool.block_size - 1
+        most = max(2, sum((count * heads + spare * heads) // self.pool.block_size for count in kept))
+        shared = self._shared_tails(np.ones_like(self.lengths, dtype=bool))
+        taken = self.pool.take(layers * most + len(shared[0]))
+        if len(shared[0]):
+            self._part_tails(shared, taken[: len(shared[0])])
+            self.upload()
+        return taken[len(shared[0]) :].reshape(layers, most)
+
+    def adopt(self, new: np.ndarray, reserved: np.ndarray) -> None:
+        """Let extents grow by `new`, `[L, B, Hkv]`, into reserved blocks, as `kernels.place` does; give the others back."""
+        held, wanted = self._needed(self.lengths), self._needed(self.lengths + new)
+        self._widen(int(wanted.max()))
+        grown = self._owned(wanted) & ~self._owned(held)
+        used = np.arange(reserved.shape[1]) < (wanted - held).sum((1, 2))[:, None]
+        self.table[grown] = reserved[used]
+        self.pool.release(reserved[~used])
+        self.lengths = self.lengths + new
+        self.upload()
+
+    def grow(self, new: Sequence[int]) -> None:
+        """Note that a graph has filled `new[b]` more slots in all extents of row b, and counted them."""
+        chunks = -(-self.lengths // CHUNK)
+        self.lengths = self.lengths + np.asarray(new)[None, :, None]
+        if (-(-self.lengths // CHUNK) > chunks).any():
+            self._split_work()
+
+    def undo(self) -> None:
+        """Give back the room that was made for what did not come."""
+        held = self._owned(self._needed(self.lengths))
+        self.pool.release(self.table[~held & (self.table > 0)])
+        self.table[~held] = 0
+        self.upload()
+
+    def _shared_tails(self, grows: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The extents that grow into a block which others hold too, and its index."""
+        last = np.maximum(self.lengths - 1, 0) // self.pool.block_size
+        tail = np.take_along_axis(self.table, last[..., None], 3)[..., 0]
+        partly = (self.lengths % self.pool.block_size > 0) & grows & (self.pool.owners(tail) > 1)
+        where = np.nonzero(partly)
+        return (*where, last[where])
+
+    def _part_tails(self, shared: tuple[np.ndarray, ...], copies: np.ndarray) -> None:
+        """Have copies of one's own of blocks that are shared; who is the last to share one may be left with it alone."""
+        self.pool.copy_blocks(self.table[shared], copies)
+        self.pool.release(self.table[shared])
+        self.table[shared] = copies
+
+    def _widen(self, columns: int) -> None:
+        missing = columns - self.table.shape[3]
+        if missing > 0:
+            self.table = np.pad(self.table, ((0, 0), (0, 0), (0, 0), (0, missing + 1)))
+
+    # -- edits -----------------------------------------------------------------------------------------------------------------
+
+    def rows(self, index: Sequence[int]) -> None:
+        """Let row i become row `index[i]`, sharing its blocks."""
+        before = self.blocks
+        self.lengths, self.table = (np.ascontiguousarray(held[:, list(index)]) for held in (self.lengths, self.table))
+        self.pool.share(self.blocks)
+        self.pool.release(before)
+        self.upload()
+
+    def cut(self, tokens: int) -> None:
+        """Forget the last `tokens` slots of every extent."""
+        self.lengths = self.lengths - tokens
+        self.undo()
+
+    def fork(self) -> Extents:
+        """Extents of the same slots that go their own way: blocks are shared until one of the two writes to them."""
+        other = Extents(self.pool, *self.lengths.shape)
+        other.lengths, other.table = self.lengths.copy(), self.table.copy()
+        self.pool.share(other.blocks)
+        other.upload()
+        return other
+
+    def drop(self) -> None:
+        """Own nothing any more."""
+        blocks, self.lengths = self.blocks, np.zeros_like(self.lengths)
+        self.table[:] = 0
+        self.pool.release(blocks)
+
+    def __del__(self) -> None:
+        if hasattr(self, "table"):
+            self.drop()
+
+    def upload(self) -> None:
+        """Say on the device what the host knows."""
+        device = self.pool.keys.device
+        self.device_lengths = torch.from_numpy(self.lengths.copy()).to(device)
+        self.device_table = torch.from_numpy(self.table.copy()).to(device)
+        mark_dynamic(self.device_lengths, 1)
+        mark_dynamic(self.device_table, 1, 3)
+        self._split_work()
+
+    def _split_work(self) -> None:
+        work = work_list(torch.from_numpy(self.lengths), CHUNK)
+        self.work = WorkList(*(part.to(self.pool.keys.device) for part in work))
+        mark_dynamic(self.work.owner, 1)
+        mark_dynamic(self.work.first, 1)
+        mark_dynamic(self.work.merge, 1, 3)

@@ -1,0 +1,127 @@
+"""A cache whose heads hold unequally many slots, as a traced forward sees it."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvfx.cache_layer import CacheLayer
+from kvfx.extents import CHUNK
+from kvfx.passes.cache_write import slots_of
+from kvfx.passes.plan import Plan, Splice
+from kvfx.slot_cache import SlotCache
+
+
+class Blocks(NamedTuple):
+    """What graphs read and write of the extents of layers that are alike.
+
+    Attributes:
+        keys, values, positions: of a pool, see `kvfx.pool.Pool`.
+        table: blocks of each extent, `[L, B, Hkv, m]` int32.
+        lengths: slots of each extent, `[L, B, Hkv]` int64.
+        work: how attention splits its work, `[L, ...]` each.
+        fresh: blocks for what each layer keeps of the new tokens, `[L, R]` int32; None if all is kept.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    table: Tensor
+    lengths: Tensor
+    work: tuple[Tensor, ...]
+    fresh: Tensor | None
+
+
+class RaggedSlots(SlotCache):
+    """Layers with a length for each head as a traced forward sees them: as if nothing had been evicted.
+
+    Slots of the pool that are written belong to nobody before the step is over, so that one that fails changes nothing.
+
+    Attributes:
+        blocks: of the layers that share a pool and a number of heads.
+        where: which of `blocks` holds a layer, and as which of its layers; the others are dense.
+        plan: what is evicted.
+        kept: after a forward that evicts, slots that each head of a layer has kept, `[B, Hkv]`, by layer.
+    """
+
+    layout = "ragged"
+
+    def __init__(
+        self,
+        layers: list[CacheLayer],
+        blocks: list[Blocks],
+        where: dict[int, tuple[int, int]],
+        plan: Plan,
+        lengths: tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None],
+        start: Tensor | None,
+        padded: bool,
+        whole: frozenset[int],
+    ) -> None:
+        super().__init__(layers, *lengths, start, padded, whole)
+        self.blocks, self.where, self.plan = blocks, where, plan
+        self.kept: dict[int, Tensor] = {}
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; what attention shall read: everything seen."""
+        if layer_idx not in self.where:
+            return super().update(key_states, value_states, layer_idx)
+        key, value = key_states, value_states
+        read = (key, value) if self.length is None else self._read_blocks(key, value, layer_idx)
+        if self.sizes is None:
+            self.new[layer_idx] = key, value
+        else:
+            self._evict(key, value, layer_idx)
+        return read
+
+    def _read_blocks(self, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        group, place = self.where[index]
+        keys, values, positions, table, lengths, work, _ = self.blocks[group]
+        held = slots_of(self.length)  # type: ignore[arg-type]
+        return torch.ops.kvfx.ragged_read(
+            keys, values, positions, key, value, held + key.shape[2], index, table[place], lengths[place],
+            [part[place] for part in work], held - self.seen, CHUNK,
+        )  # fmt: skip
+
+    def _evict(self, key: Tensor, value: Tensor, index: int) -> None:
+        """Write what is kept of new keys and values to blocks."""
+        assert self.sizes is not None
+        assert self.positions is not None
+        group, place = self.where[index]
+        keys, values, positions, table, lengths, _, fresh = self.blocks[group]
+        given = None if self.counts is None else self.counts[0]
+        first, scores, finite = torch.ops.kvfx.cache_score(key, value, self.positions, given, index)
+        splice = self.plan.score if isinstance(self.plan.score, Splice) else None
+        share = Fraction(1) if splice is None else splice.share
+        chosen, kept = torch.ops.kvfx.select_heads(
+            first, None if splice is None else scores, slots_of(self.sizes[0]), given,
+            *self.plan.floor.as_integer_ratio(), self.plan.least, *share.as_integer_ratio(),
+        )  # fmt: skip
+        tokens, size = key.shape[2], keys.shape[1]
+        slot = torch.ops.kvfx.place(chosen, kept, lengths[place], table[place], fresh[place], tokens, size)  # type: ignore[index]
+        row, pair = torch.arange(key.shape[0], device=key.device)[:, None], chosen.clamp(min=0)
+        head, token, target = pair // tokens, pair % tokens, (slot // size, slot % size)
+        keys.index_put_(target, key[row, head, token])
+        values.index_put_(target, value[row, head, token])
+        positions.index_put_(target, self.positions[row, token])
+        self.kept[index], self.layers[index].finite = kept, finite
+
+    def end(self, seen: Tensor) -> None:
+        """Write new tokens that are all kept, of all layers at once, and count them."""
+        for group, (keys, values, positions, table, lengths, _, _) in enumerate(self.blocks):
+            mine = [index for index, (owner, _) in self.where.items() if owner == group and index in self.new]
+            if not mine:
+                continue
+            new_keys, new_values = (torch.stack([self.new[index][part] for index in mine]) for part in range(2))
+            batch, length, size = new_keys.shape[1], new_keys.shape[3], keys.shape[1]
+            real = torch.ones(batch, length, dtype=torch.long, device=keys.device) if self.valid is None else self.valid.long()
+            at = lengths[..., None] + (real.cumsum(-1) - 1)[:, None]  # [L, B, Hkv, S]
+            block = table.long().gather(3, (at // size).clamp(0, table.shape[3] - 1)) * real[:, None]  # padding goes to nobody's
+            target = block, at % size
+            keys.index_put_(target, new_keys)
+            values.index_put_(target, new_values)
+            positions.index_put_(target, self.positions[:, None].expand(-1, lengths.shape[2], -1).expand_as(block))  # type: ignore[union-attr]
+            lengths.add_(real.sum(-1)[:, None])

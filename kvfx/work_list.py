@@ -1,0 +1,53 @@
+"""How attention over extents of unequal length is cut into pieces of equal size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class WorkList(NamedTuple):
+    """The chunks of every layer, as `kernels.ragged_attention` reads them.
+
+    Attributes:
+        owner: extent that each chunk is of, `[L, n]` int32.
+        first: its first slot within the extent, `[L, n]` int32.
+        merge: chunks of each extent, in order, `[L, B, Hkv, k]` int32; -1 behind them.
+    """
+
+    owner: Tensor
+    first: Tensor
+    merge: Tensor
+
+
+NOWHERE = 2**30  # where chunks of nothing begin: behind the end of every extent
+
+
+def work_list(lengths: Tensor, chunk: int) -> WorkList:
+    """Cut extents into chunks.
+
+    Args:
+        lengths: slots that each extent holds, `[L, B, Hkv]` int64, on the host.
+        chunk: slots of a chunk; the last one of an extent may hold fewer.
+
+    Returns:
+        Tensors on the host. All layers have as many chunks as the one that needs most, and at least two: a graph takes a size of
+        one for a constant. The list stays right until some extent needs another chunk.
+    """
+    layers, batch, heads = lengths.shape
+    needs = (-(lengths // -chunk)).view(layers, -1)
+    width, depth = (max(2, int(most)) for most in (needs.sum(1).amax(), needs.amax()))
+    extent = torch.arange(needs.numel()).repeat_interleave(needs.flatten())  # of each chunk of all layers, in order
+    layer = extent // needs.shape[1]
+    number = torch.arange(len(extent))
+    within = number - (needs.flatten().cumsum(0) - needs.flatten())[extent]  # its place among the chunks of its extent
+    place = number - (needs.sum(1).cumsum(0) - needs.sum(1))[layer]  # and among those of its layer
+    owner = torch.zeros(layers, width, dtype=torch.int32)
+    first = torch.full((layers, width), NOWHERE, dtype=torch.int32)
+    merge = torch.full((layers * batch * heads, depth), -1, dtype=torch.int32)
+    owner[layer, place] = (extent % needs.shape[1]).int()
+    first[layer, place] = (within * chunk).int()
+    merge[extent, within] = place.int()
+    return WorkList(owner, first, merge.view(layers, batch, heads, depth))

@@ -1,0 +1,380 @@
+"""Caches whose heads hold unequally many slots: they hold what was chosen and nothing else, and every edit keeps it so."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch import Tensor
+
+import kvfx
+from decoding import GREEDY, fresh_llama, prefill, tokens
+from kvfx.extents import Extents
+from kvfx.passes.capture import pytree
+from kvfx.pool import Pool
+from test_windows import mixed
+
+HEADS = "-knorm | budget=heads(0.5)"
+
+
+@functools.cache
+def llama() -> Any:
+    return fresh_llama()
+
+
+@functools.cache
+def compiled(policy: str = HEADS) -> Any:
+    return kvfx.compile(llama(), policy, backend="eager")
+
+
+def left(length: int, *padding: int) -> Tensor:
+    return (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
+
+
+def logits(model: Any, cache: kvfx.Cache, new: Tensor, **options: Any) -> Tensor:
+    return model(new, past_key_values=cache, **options).logits[:, -1]
+
+
+def assert_same_slots(a: kvfx.Cache, b: kvfx.Cache) -> None:
+    for ours, theirs in zip(a.layers, b.layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        torch.testing.assert_close(ours.values, theirs.values)
+
+
+def owned(cache: kvfx.RaggedCache) -> int:
+    return cache.extents[0].pool.blocks - cache.extents[0].pool.free
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------------------
+
+
+def test_heads_of_a_layer_share_their_slots_by_the_largest_scores():
+    ids = tokens(2, 40)
+    cache = compiled().compress(ids)
+    for layer, (keys, values) in zip(cache.layers, prefill(llama(), ids), strict=True):
+        scores = -keys.norm(dim=-1)
+        kept = scores >= scores.flatten(1).topk(2 * 20).values[:, -1, None, None]
+        assert torch.equal(layer.lengths, kept.sum(-1))
+        assert layer.lengths.unique().numel() > 1  # else the heads did not compete
+        state = layer.state()
+        torch.testing.assert_close(state["keys"], keys[kept])
+        torch.testing.assert_close(state["values"], values[kept])
+        assert torch.equal(state["positions"].long(), torch.arange(40).expand_as(kept)[kept])
+
+
+def test_memory_is_that_of_the_slots_held():
+    cache = compiled().compress(tokens(2, 60))
+    slots = sum(int(layer.lengths.sum()) for layer in cache.layers)
+    whole = kvfx.compile(llama(), "none", backend="eager").compress(tokens(2, 60))
+    assert slots == 2 * 2 * 2 * 30
+    assert owned(cache) == sum(int((-(-layer.lengths // 16)).sum()) for layer in cache.layers)
+    pool = cache.extents[0].pool
+    assert pool.blocks <= owned(cache) + 2 * 4  # of what was reserved, before it was known who takes it
+    assert cache.nbytes < whole.nbytes
+
+
+@pytest.mark.parametrize("policy", [HEADS, "adakv(window=4):0.5"])
+def test_every_turn_attends_to_the_slots_held(policy):
+    model = compiled(policy)
+    cache = model.compress(tokens(2, 40))
+    dense = cache.to("dense")
+    for new in (tokens(2, 1, seed=5), tokens(2, 1, seed=6), tokens(2, 7, seed=7), tokens(2, 1, seed=8)):
+        torch.testing.assert_close(logits(model, cache, new), logits(model, dense, new))
+    assert_same_slots(cache.to("dense"), dense)
+    model.compress(tokens(2, 20, seed=9), past_key_values=cache)
+    assert [int(layer.lengths.sum()) for layer in cache.layers] == [2 * 2 * (20 + 10 + 10)] * 2
+    assert cache.get_seq_length() == 70
+    dense = cache.to("dense")
+    torch.testing.assert_close(logits(model, cache, tokens(2, 1, seed=10)), logits(model, dense, tokens(2, 1, seed=10)))
+
+
+def test_a_padded_row_keeps_what_it_keeps_alone():
+    ids, mask = tokens(2, 40), left(40, 13, 0)
+    cache = compiled().compress(ids, mask)
+    more, follow = torch.cat([mask, left(6, 2, 0)], 1), tokens(2, 6, seed=4)
+    out = compiled()(follow, attention_mask=more, past_key_values=cache).logits[:, -1]
+    last = compiled()(follow[:, :1], attention_mask=torch.cat([more, left(1, 0, 0)], 1), past_key_values=cache).logits[:, -1]
+    for row, start, begin in ((0, 13, 2), (1, 0, 0)):
+        alone = compiled().compress(ids[row : row + 1, start:])
+        torch.testing.assert_close(logits(compiled(), alone, follow[row : row + 1, begin:]), out[row : row + 1])
+        torch.testing.assert_close(logits(compiled(), alone, follow[row : row + 1, :1]), last[row : row + 1])
+        for ours, theirs in zip(cache.layers, alone.layers, strict=True):
+            assert torch.equal(ours.lengths[row], theirs.lengths[0])
+
+
+def test_a_head_may_keep_nothing():
+    """All scores of one head are lower than those of the other: it is left with what comes."""
+    model = fresh_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[:16] *= 20
+    small = kvfx.compile(model, "-knorm | budget=heads(0.25)", backend="eager")
+    cache = small.compress(tokens(1, 40))
+    assert cache.layers[0].lengths.tolist() == [[0, 20]]
+    dense = cache.to("dense")
+    for new in (tokens(1, 1, seed=5), tokens(1, 5, seed=6)):
+        torch.testing.assert_close(logits(small, cache, new), logits(small, dense, new))
+
+
+def test_equal_budgets_fill_a_ragged_cache_with_what_they_fill_a_dense_one():
+    model, ragged = compiled("knorm:0.5"), kvfx.RaggedCache()
+    model.compress(tokens(2, 40), past_key_values=ragged)
+    assert_same_slots(ragged, model.compress(tokens(2, 40)))
+
+
+def test_windows_stay_dense_beside_heads():
+    model = kvfx.compile(mixed(), HEADS, backend="eager", on_refuse="error")
+    cache = model.compress(tokens(1, 20))
+    assert sorted(cache.ragged) == [index for index, layer in enumerate(cache.layers) if layer.window is None] != []
+    dense = cache.to("dense")
+    for length in (1, 1, 5, 1):
+        new = tokens(1, length, seed=length + 40)
+        torch.testing.assert_close(logits(model, cache, new), logits(model, dense, new))
+
+
+# -- edits -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_copies_share_blocks_until_one_grows():
+    cache = compiled().compress(tokens(1, 40))
+    before, kept = owned(cache), cache.to("dense")
+    twin = cache.copy()
+    assert owned(cache) == before
+    logits(compiled(), twin, tokens(1, 3, seed=3))
+    assert_same_slots(cache, kept)
+    del twin
+    gc.collect()  # the first step of its kind was traced, and a trace has cycles
+    assert owned(cache) == before
+
+
+def test_rows_are_chosen_repeated_and_cropped():
+    cache = compiled().compress(tokens(2, 40))
+    dense = cache.to("dense")
+    for held in (cache, dense):
+        held.reorder_cache(torch.tensor([1, 0]))
+        held.batch_repeat_interleave(2)
+        logits(compiled(), held, tokens(4, 6, seed=3))
+        held.crop(-4)
+        held.batch_select_indices(torch.tensor([3, 1]))
+    assert_same_slots(cache.to("dense"), dense)
+    new = tokens(2, 1, seed=4)
+    torch.testing.assert_close(logits(compiled(), cache, new), logits(compiled(), dense, new))
+    with pytest.raises(kvfx.CacheMismatch, match="cannot crop 4 tokens: 3 came after"):
+        cache.crop(-4)
+    cache.reset()
+    assert cache.is_empty
+
+
+def test_generate_makes_a_ragged_cache_and_goes_on_from_one():
+    ids = tokens(2, 40)
+    out = compiled().generate(ids, return_dict_in_generate=True, **GREEDY)
+    assert isinstance(out.past_key_values, kvfx.RaggedCache)
+    cache = compiled().compress(ids[:, :-1])
+    dense = cache.to("dense")
+    for options in (GREEDY, {**GREEDY, "num_beams": 2}):
+        ours, theirs = (compiled().generate(ids, past_key_values=held.copy(), **options) for held in (cache, dense))
+        assert torch.equal(ours, theirs)
+
+
+def test_files_and_trees_keep_what_heads_hold(tmp_path):
+    cache = compiled().compress(tokens(2, 40))
+    logits(compiled(), cache, tokens(2, 3, seed=3))
+    cache.save(str(tmp_path / "doc.kvfx"))
+    leaves, spec = pytree.tree_flatten(cache)
+    for other in (kvfx.load_cache(str(tmp_path / "doc.kvfx")), pytree.tree_unflatten(leaves, spec), cache.to("dense").to("ragged")):
+        assert isinstance(other, kvfx.RaggedCache)
+        assert_same_slots(other, cache)
+        new = tokens(2, 1, seed=4)
+        torch.testing.assert_close(logits(compiled(), other, new), logits(compiled(), cache.copy(), new))
+    shapes = pytree.tree_map(lambda tensor: tuple(tensor.shape), cache)
+    assert shapes.lengths_seen == (2,)
+
+
+def test_engines_read_blocks():
+    cache = compiled().compress(tokens(2, 40))
+    paged = cache.paged(1)
+    for row in range(2):
+        for head in range(2):
+            length = int(paged.lengths[row, head])
+            blocks = paged.table[row, head, : -(-length // 16)].long()
+            assert 0 not in blocks
+            held = paged.keys[blocks].flatten(0, 1)[:length]
+            torch.testing.assert_close(held, cache.layers[1].keys[row, head, -length:])
+
+
+# -- what cannot be ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_without_room_refuses_and_everything_stays_readable():
+    cache = kvfx.RaggedCache(limit=14)
+    compiled().compress(tokens(1, 40), past_key_values=cache)
+    kept, free = cache.to("dense"), cache.extents[0].pool.free
+    with pytest.raises(kvfx.PoolExhausted, match="14 blocks of 16 slots"):
+        logits(compiled(), cache, tokens(1, 60, seed=3))
+    with pytest.raises(kvfx.PoolExhausted):
+        compiled().compress(tokens(1, 60, seed=3), past_key_values=cache)
+    assert cache.extents[0].pool.free == free
+    assert_same_slots(cache, kept)
+    torch.testing.assert_close(logits(compiled(), cache, tokens(1, 1)), logits(compiled(), kept, tokens(1, 1)))
+
+
+def test_a_step_that_fails_leaves_the_cache_as_it_was():
+    model = fresh_llama(num_hidden_layers=1)
+    small = kvfx.compile(model, HEADS, backend="eager")
+    cache = small.compress(tokens(1, 40))
+    kept, blocks = cache.to("dense"), owned(cache)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    before = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    with pytest.raises(kvfx.InputError, match="not finite in layers"):
+        small.compress(tokens(1, 30, seed=3), past_key_values=cache)
+    weight.data.copy_(before)
+    assert (owned(cache), cache.get_seq_length()) == (blocks, 40)
+    assert_same_slots(cache, kept)
+    torch.testing.assert_close(logits(small, cache, tokens(1, 1)), logits(small, kept, tokens(1, 1)))
+
+
+def test_what_cannot_hold_unequal_heads_is_refused():
+    for cache in (kvfx.Cache(), kvfx.StaticCache(40, 80)):
+        with pytest.raises(kvfx.InputError, match="budget=heads gives the heads of a layer unequally many slots"):
+            compiled().compress(tokens(1, 40), past_key_values=cache)
+    with pytest.raises(kvfx.InputError, match="layers unequally many slots"):
+        compiled("-knorm | budget=layers(0.5)").compress(tokens(1, 40), past_key_values=kvfx.RaggedCache())
+    with pytest.raises(kvfx.CacheMismatch, match="no stock model can read"):
+        llama()(tokens(1, 1), past_key_values=compiled().compress(tokens(1, 40)))
+    with pytest.raises(kvfx.CacheMismatch, match="heads of a row hold unequally many"):
+        compiled().compress(tokens(1, 40)).to("static", capacity=60, tokens=90)
+
+
+def test_the_graphs_of_a_prompt_and_of_a_step_serve_all_lengths():
+    model = kvfx.compile(fresh_llama(), HEADS, backend="eager")
+    for seed, length in enumerate((40, 23, 55)):
+        cache = model.compress(tokens(2, length, seed=seed))
+        for new in range(20):
+            logits(model, cache, tokens(2, 1, seed=new))
+    built = {key.phase: len(reports) for key, reports in model._kvfx.engine.reports.items()}
+    assert built["prefill"] <= 2
+    assert built["decode"] <= 2
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------------------
+
+
+class Blocks(RuleBasedStateMachine):
+    """Extents of a small pool against lists of what each shall hold; the pool's positions stand for keys and values."""
+
+    @initialize(lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8))
+    def fill(self, lengths: list[int]) -> None:
+        self.pool, self.next = Pool(torch.zeros(1, 1), torch.zeros(1, 1), block_size=4), 0
+        extents = Extents(self.pool, 2, 2, 2)
+        extents.fill(np.array(lengths).reshape(2, 2, 2))
+        held = [[[list(self.draw(int(n))) for n in row] for row in layer] for layer in extents.lengths]
+        self.all = [(extents, held)]
+        self.write(extents, held)
+
+    def draw(self, count: int) -> range:
+        self.next += count
+        return range(self.next - count, self.next)
+
+    def write(self, extents: Extents, held: Any) -> None:
+        """As a graph does, only behind what was there."""
+        for layer in range(2):
+            flat = torch.tensor([token for row in held[layer] for head in row for token in head], dtype=torch.int32)
+            slots = torch.from_numpy(extents.slots(layer))
+            fresh = torch.tensor([i in self.new for i in flat.tolist()], dtype=torch.bool) if hasattr(self, "new") else torch.ones(len(flat)).bool()
+            self.pool.positions.view(-1)[slots[fresh]] = flat[fresh]
+
+    @rule(which=st.integers(0, 3), new=st.tuples(st.integers(0, 6), st.integers(0, 6)))
+    def append(self, which: int, new: tuple[int, int]) -> None:
+        extents, held = self.all[which % len(self.all)]
+        extents.make_room(new)
+        self.new = set()
+        for layer in held:
+            for row, count in zip(layer, new, strict=True):
+                for head in row:
+                    fresh = self.draw(count)
+                    head.extend(fresh)
+                    self.new |= set(fresh)
+        extents.grow(new)
+        self.write(extents, held)
+
+    @rule(which=st.integers(0, 3), kept=st.tuples(st.integers(0, 5), st.integers(0, 5)), share=st.integers(0, 10))
+    def compress(self, which: int, kept: tuple[int, int], share: int) -> None:
+        extents, held = self.all[which % len(self.all)]
+        reserved = extents.reserve(kept)
+        counts = np.array([[[min(share, 2 * n), 2 * n - min(share, 2 * n)] for n in kept]] * 2)
+        self.new = set()
+        for layer, numbers in zip(held, counts, strict=True):
+            for row, pair in zip(layer, numbers, strict=True):
+                for head, count in zip(row, pair, strict=True):
+                    fresh = self.draw(int(count))
+                    head.extend(fresh)
+                    self.new |= set(fresh)
+        extents.adopt(counts, reserved)
+        self.write(extents, held)
+
+    @rule(which=st.integers(0, 3))
+    def give_up(self, which: int) -> None:
+        extents, _ = self.all[which % len(self.all)]
+        reserved = extents.reserve((3, 4))
+        extents.pool.release(reserved.flatten())
+        extents.make_room((5, 2))
+        extents.undo()
+
+    @rule(which=st.integers(0, 3))
+    def fork(self, which: int) -> None:
+        extents, held = self.all[which % len(self.all)]
+        if len(self.all) < 4:
+            self.all.append((extents.fork(), [[[list(head) for head in row] for row in layer] for layer in held]))
+
+    @rule(which=st.integers(0, 3), index=st.tuples(st.integers(0, 1), st.integers(0, 1)))
+    def choose_rows(self, which: int, index: tuple[int, int]) -> None:
+        extents, held = self.all[which % len(self.all)]
+        extents.rows(index)
+        for layer in held:
+            layer[:] = [[list(head) for head in layer[row]] for row in index]
+
+    @rule(which=st.integers(0, 3), tokens=st.integers(0, 3))
+    def cut(self, which: int, tokens: int) -> None:
+        extents, held = self.all[which % len(self.all)]
+        tokens = min(tokens, int(extents.lengths.min()))
+        extents.cut(tokens)
+        for head in (head for layer in held for row in layer for head in row):
+            del head[len(head) - tokens :]
+
+    @rule(which=st.integers(0, 3))
+    def drop(self, which: int) -> None:
+        if len(self.all) > 1:
+            self.all.pop(which % len(self.all))
+
+    @invariant()
+    def extents_hold_what_they_shall(self) -> None:
+        owners = np.zeros(self.pool.blocks + 1, dtype=int)
+        for extents, held in self.all:
+            for layer in range(2):
+                flat = [token for row in held[layer] for head in row for token in head]
+                assert self.pool.positions.view(-1)[torch.from_numpy(extents.slots(layer))].tolist() == flat
+            assert torch.equal(extents.device_lengths, torch.from_numpy(extents.lengths)) or hasattr(self, "new")
+            assert (extents.blocks > 0).all()
+            np.add.at(owners, extents.blocks, 1)
+        assert (owners[1:] == self.pool.owners(np.arange(1, self.pool.blocks + 1))).all()
+
+
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_consecutive_blocks_are_preferred():
+    pool = Pool(torch.zeros(1, 1), torch.zeros(1, 1))
+    taken = pool.take(10)
+    pool.release(taken[[1, 4, 5, 6]])
+    assert pool.take(3).tolist() == taken[[4, 5, 6]].tolist()
+    assert pool.take(1).tolist() == [taken[1]]
+    assert pool.free == 0

@@ -1,0 +1,210 @@
+"""Attention over extents of unequal length, against a loop over heads in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvfx.kernels import OPS
+from kvfx.work_list import NOWHERE, work_list
+from yardstick import assert_within_rounding
+
+many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+CHUNK = 8
+DTYPES = [torch.float32, torch.bfloat16]
+MASKS = ["none", "bool", "additive", "bool per head", "additive per head", "one column"]
+
+
+class Case(NamedTuple):
+    """Sizes of one example, and what is special about it."""
+
+    rows: int
+    kv_heads: int
+    group: int
+    new: int
+    dim: int
+    block: int
+    text: int
+    dtype: torch.dtype
+    mask: str
+    softcap: float | None
+    with_sinks: bool
+    seed: int
+
+
+class Given(NamedTuple):
+    """Arguments of the op, and beside the pool what each head holds."""
+
+    arguments: list
+    kept: list[list[tuple[Tensor, Tensor, Tensor]]]  # of each row and head the keys, values and positions
+
+
+@st.composite
+def cases(draw):
+    return Case(
+        rows=draw(st.integers(1, 3)),
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.sampled_from([1, 2, 4])),
+        new=draw(st.sampled_from([1, 1, 2, 5])),
+        dim=draw(st.sampled_from([4, 12, 16])),
+        block=draw(st.sampled_from([1, 2, 4, 8])),
+        text=draw(st.sampled_from([1, 7, 8, 33, 60])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        mask=draw(st.sampled_from(MASKS)),
+        softcap=draw(st.sampled_from([None, None, 2.0])),
+        with_sinks=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def given_of(case: Case, lengths: Tensor | None = None) -> Given:
+    """Random extents in a shuffled pool in which all else is NaN."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(case.dtype)
+
+    rows, heads, dim = case.rows, case.kv_heads, case.dim
+    if lengths is None:
+        lengths = torch.randint(0, case.text + 1, (rows, heads), generator=generator)
+        lengths = torch.where(torch.rand(rows, heads, generator=generator) < 0.2, 0, lengths)
+    needs = -(lengths // -case.block)
+    spare = int(torch.randint(0, 3, (), generator=generator))
+    blocks, width = 1 + int(needs.sum()) + spare, max(2, int(needs.max()) + spare)
+    order = (1 + torch.randperm(blocks - 1, generator=generator)).tolist()
+    keys, values = (torch.full((blocks, case.block, dim), torch.nan, dtype=case.dtype) for _ in range(2))
+    positions = torch.randint(-(2**31), 2**31 - 1, (blocks, case.block), generator=generator).int()
+    table = torch.zeros(rows, heads, width, dtype=torch.int32)
+    seen = torch.randint(max(1, int(lengths.max())), case.text + 1, (rows,), generator=generator)  # the others stand on the right
+    kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(rows)]
+    for row in range(rows):
+        for head in range(heads):
+            length = int(lengths[row, head])
+            mine = [order.pop() for _ in range(int(needs[row, head]))]
+            table[row, head, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+            at = torch.randperm(int(seen[row]), generator=generator)[:length].sort().values
+            held = normal(length, dim), normal(length, dim), at
+            kept[row].append(held)
+            for slot in range(length):
+                block, place = mine[slot // case.block], slot % case.block
+                keys[block, place], values[block, place], positions[block, place] = (x[slot] for x in held)
+    query, key, value = (normal(rows, many_heads, case.new, dim) for many_heads in (heads * case.group, heads, heads))
+    list_of = work_list(lengths[None], CHUNK)
+    sinks = normal(heads * case.group) if case.with_sinks else None
+    places = keys, values, positions, table, lengths, list_of.owner[0], list_of.first[0], list_of.merge[0], case.text - seen
+    return Given([query, key, value, mask_of(case, generator), *places, CHUNK, None, case.softcap, sinks], kept)
+
+
+def mask_of(case: Case, generator: torch.Generator) -> Tensor | None:
+    """Over the text and the new tokens; every query sees something unless the mask is bool."""
+    if case.mask == "none":
+        return None
+    heads = case.kv_heads * case.group if "per head" in case.mask else 1
+    width = 1 if case.mask == "one column" else case.text + case.new
+    rows = case.rows if case.seed % 2 else 1
+    queries = case.new if case.seed % 3 else 1
+    drawn = torch.randn(rows, heads, queries, width, generator=generator)
+    return drawn.to(case.dtype) if case.mask.startswith("additive") else drawn > -0.3
+
+
+def slow(given: Given, dtype: torch.dtype) -> Tensor:
+    """One query after the other, by the definition."""
+    query, key, value, mask, *rest = given.arguments
+    shift, sinks, softcap = rest[8], rest[-1], rest[-2]
+    rows, heads, new, dim = query.shape
+    group, text = heads // key.shape[1], 0 if mask is None else mask.shape[3] - new
+    out = torch.zeros(rows, heads, new, value.shape[3], dtype=dtype)
+    for row in range(rows):
+        for head in range(heads):
+            held_keys, held_values, at = given.kept[row][head // group]
+            keys = torch.cat([held_keys, key[row, head // group]]).to(dtype)
+            values = torch.cat([held_values, value[row, head // group]]).to(dtype)
+            columns = torch.cat([at + shift[row], text + torch.arange(new)])
+            for place in range(new):
+                logits = keys @ query[row, head, place].to(dtype) * dim**-0.5
+                if softcap is not None:
+                    logits = torch.tanh(logits / softcap) * softcap
+                if mask is not None:
+                    line = mask[row % mask.shape[0], head % mask.shape[1], place % mask.shape[2]]
+                    seen = line.expand(len(columns)) if len(line) == 1 else line[columns]
+                    logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen.to(dtype)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[head, None].to(dtype)])
+                if (logits > -torch.inf).any():
+                    out[row, head, place] = torch.softmax(logits, 0)[: len(values)] @ values
+    return out
+
+
+def attend(given: Given) -> Tensor:
+    return torch.ops.kvfx.ragged_attention(*given.arguments)
+
+
+def check(case: Case, given: Given) -> None:
+    """A single query is worked out in float32, several in the precision of the queries."""
+    low = slow(given, torch.float32 if case.new == 1 else case.dtype).to(case.dtype)
+    assert_within_rounding(attend(given), low, slow(given, torch.float64))
+
+
+@given(cases())
+@many
+def test_every_query_attends_to_what_its_head_holds_and_to_nothing_else(case):
+    check(case, given_of(case))
+
+
+PLAIN = Case(2, 2, 2, 1, 16, 4, 60, torch.float32, "none", None, False, 1)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("lengths", [[[0, 0], [0, 0]], [[0, 60], [1, 0]], [[8, 16], [9, 15]]], ids=str)
+def test_extents_may_be_empty_and_differ_wildly(lengths, new):
+    case = PLAIN._replace(new=new)
+    check(case, given_of(case, torch.tensor(lengths)))
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_query_that_sees_nothing_gets_zero(new):
+    case = PLAIN._replace(new=new, mask="bool")
+    given = given_of(case)
+    given.arguments[3] = torch.zeros(1, 1, new, case.text + new, dtype=torch.bool)
+    assert torch.equal(attend(given), torch.zeros_like(given.arguments[0]))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 4, 64]))
+@many
+def test_a_work_list_covers_every_slot_once_and_in_order(seed, layers, rows, heads, chunk):
+    lengths = torch.randint(0, 200, (layers, rows, heads), generator=torch.Generator().manual_seed(seed))
+    lengths = lengths * torch.randint(0, 2, lengths.shape, generator=torch.Generator().manual_seed(seed + 1))
+    owner, first, merge = work_list(lengths, chunk)
+    assert owner.dtype == first.dtype == merge.dtype == torch.int32
+    assert min(owner.shape[1], merge.shape[3]) >= 2
+    for layer in range(layers):
+        listed = []
+        for extent in range(rows * heads):
+            mine = [place for place in merge[layer].view(rows * heads, -1)[extent].tolist() if place >= 0]
+            assert first[layer, mine].tolist() == list(range(0, int(lengths[layer].flatten()[extent]), chunk))
+            assert (owner[layer, mine] == extent).all()
+            listed += mine
+        assert sorted(listed) == list(range(len(listed)))
+        assert (first[layer, len(listed) :] == NOWHERE).all()
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("new", [1, 3])
+def test_one_graph_serves_extents_of_all_lengths(new):
+    torch._dynamo.reset()
+    attention = OPS["ragged_attention"].reference
+    compiled = torch.compile(lambda *arguments: attention(*arguments), fullgraph=True)
+    moving = {3: [3], 4: [0], 5: [0], 6: [0], 7: [2], 9: [0], 10: [0], 11: [2]}
+    for seed, lengths in enumerate(([[0, 0], [0, 0]], [[300, 17], [64, 3]], [[1, 400], [399, 8]], [[40, 50], [0, 60]])):
+        case = PLAIN._replace(text=400 + seed, seed=6 * seed + 1, new=new, mask="bool")
+        given = given_of(case, torch.tensor(lengths))
+        for index, axes in moving.items():
+            torch._dynamo.mark_dynamic(given.arguments[index], axes)
+        with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
+            actual = compiled(*given.arguments)
+        assert_within_rounding(actual, slow(given, torch.float32), slow(given, torch.float64))
