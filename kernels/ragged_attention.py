@@ -19,6 +19,7 @@ def ragged_attention(
     lengths: Tensor,
     owner: Tensor,
     first: Tensor,
+    blocks: Tensor,
     merge: Tensor,
     shift: Tensor,
     chunk: int,
@@ -28,9 +29,9 @@ def ragged_attention(
 ) -> Tensor:
     """Attend from new tokens to the slots that their heads hold, and to each other.
 
-    What one KV head of one row holds is an extent: blocks of P slots, in any order in the pool, listed in `table`. A single query
-    goes through a list of chunks, pieces of extents of equal size, and merges what they give; so its cost is that of the slots
-    held, however they are spread over heads and rows. `kvfx.work_list` makes the list.
+    What one KV head of one row holds is an extent: blocks of P slots, in any order in the pool, listed in `table`; several extents
+    may share a block. A single query goes through a list of chunks, pieces of extents of equal size, and merges what they give; so
+    its cost is that of the slots held, however they are spread over heads and rows. `kvfx.work_list` makes the list.
 
     Args:
         query: [B, Hq, S, D], any float dtype and strides; head h*G + g reads KV head h.
@@ -43,8 +44,9 @@ def ragged_attention(
         pool_positions: position of each slot's token, [N, P] int32.
         table: blocks of each extent, in order, [B, Hkv, m] int32, 0 behind them.
         lengths: slots that each extent holds, [B, Hkv] int64, 0 to m * P.
-        owner: b * Hkv + h of the extent that each chunk is of, [n] int32. This and the next two are read for S = 1 alone.
+        owner: b * Hkv + h of the extent that each chunk is of, [n] int32. This and the next three are read for S = 1 alone.
         first: its first slot within the extent, a multiple of `chunk`, [n] int32; of a chunk of nothing at least m * P.
+        blocks: its blocks, in order, [n, chunk / P] int32, 0 behind them.
         merge: chunks of each extent, in order, [B, Hkv, k] int32, -1 behind them.
         shift: the token at position p of row b has column p + shift[b] of the mask, [B] int64.
         chunk: slots of a chunk, a multiple of P.
@@ -59,99 +61,98 @@ def ragged_attention(
     Cost: a single query reads the keys and values of its chunks once, at most `chunk` - 1 slots of each extent in vain; more
     queries read m * P slots of each head, twice.
     """
-    if isinstance(query.shape[2], int) and query.shape[2] == 1:
-        chunks = _Chunks(pool_keys, pool_positions, table, lengths, owner, first, shift, chunk)
-        return _attend_once(query, key, value, mask, pool_keys, pool_values, chunks, merge, scale, softcap, sinks)
-    return _attend(query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, shift, scale, softcap, sinks)
+    if not isinstance(query.shape[2], int) or query.shape[2] != 1:
+        return _attend(
+            query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, shift, scale, softcap, sinks
+        )
+    (B, Hq, _, D), Hkv, P = query.shape, key.shape[1], pool_keys.shape[1]
+    held, owner = lengths.flatten(), owner.long()
+    asks = query.reshape(B * Hkv, Hq // Hkv, D).float()
+    finish = _Logits(mask, shift, Hkv, D**-0.5 if scale is None else scale, softcap)
 
+    # What is less than a block at the end of each extent, and the new token. It comes first because a matmul makes the compiler
+    # work the queries out beforehand, and not once for each key.
+    extent = torch.arange(B * Hkv, device=held.device)
+    last = table.flatten(0, 1).gather(1, (held // P).clamp(max=table.shape[2] - 1)[:, None])[:, 0]
+    there = torch.arange(P + 1, device=held.device)
+    there = (there < (held % P)[:, None]) | (there == P)
+    keys, values = (
+        torch.cat([pool[last].masked_fill(~there[:, :-1, None], 0), new.flatten(0, 1)], 1).float()
+        for pool, new in ((pool_keys, key), (pool_values, value))
+    )
+    rest = finish((asks @ keys.mT)[:, :, None], pool_positions[last][:, None], extent)[:, :, 0].masked_fill(
+        ~there[:, None], -torch.inf
+    )
 
-class _Chunks:
-    """Where the slots of chunks stand.
+    # Full blocks: their places need no test of their own, which would cost as much as the products.
+    full = torch.arange(chunk // P, device=held.device) < ((held[owner] - first) // P)[:, None]  # [n, J]
+    logits = _products(asks[owner], pool_keys[blocks])  # [n, G, J, P]
+    logits = finish(logits, pool_positions[blocks], owner).masked_fill(~full[:, None, :, None], -torch.inf)
+    tops = logits.amax((2, 3))
+    weights = (logits - _above(tops)[..., None, None]).exp()
+    totals, parts = weights.sum((2, 3)), _weighed(weights, pool_values[blocks], full)  # [n, G], [n, G, Dv]
 
-    Attributes:
-        owner: [n] int64.
-        held: slots that each chunk holds, 0 to C, [n] int64.
-        there: which of its places hold a slot, [n, C].
-        rows: of each place the row of the pool, [n, C] int64; the first slot's where there is none.
-        columns: of the mask, [n, C] int64.
-        row: of the batch, [n] int64.
-    """
-
-    def __init__(self, pool, positions, table, lengths, owner, first, shift, chunk):
-        heads, blocks, slots = table.shape[1], table.shape[2], pool.shape[1]
-        device = pool.device
-        self.owner = owner.long()
-        self.row = self.owner // heads
-        self.held = (lengths.flatten()[self.owner] - first).clamp(0, chunk)
-        self.there = torch.arange(chunk, device=device) < self.held[:, None]
-        block = first[:, None].long() // slots + torch.arange(chunk // slots, device=device)
-        block = table.flatten(0, 1)[self.owner[:, None], block.clamp(max=blocks - 1)].long()
-        rows = (block[:, :, None] * slots + torch.arange(slots, device=device)).flatten(1)
-        self.rows = torch.where(self.there, rows, rows[:, :1])
-        self.columns = positions.flatten()[self.rows] + shift[self.row][:, None]
-
-
-def _attend_once(query, key, value, mask, pool_keys, pool_values, chunks, merge, scale, softcap, sinks):
-    (B, Hq, _, D), Hkv = query.shape, key.shape[1]
-    G = Hq // Hkv
-    asks = query.reshape(B, Hkv, G, D).float() * (D**-0.5 if scale is None else scale)
-    asked = asks.flatten(0, 1)[chunks.owner]  # [n, G, D]
-    keys = pool_keys.flatten(0, 1)[chunks.rows].float()  # [n, C, D]
-    logits = _capped((asked[:, :, None] * keys[:, None]).sum(-1), softcap)  # [n, G, C]
-    own = _capped((asks * key.float()).sum(-1), softcap)  # [B, Hkv, G]
-    if mask is not None:
-        logits = _masked(logits, _of_chunks(mask, chunks, Hkv, G))
-        own = _masked(own, mask[:, :, 0, -1].expand(B, Hq).unflatten(1, (Hkv, G)))
-    logits = logits.masked_fill(~chunks.there[:, None], -torch.inf)
-    top = _above(logits.amax(-1))  # [n, G]
-    weights = (logits - top[..., None]).exp()
-    total = weights.sum(-1)
-    values = pool_values.flatten(0, 1)[chunks.rows].float()
-    parts = (weights[..., None] * values[:, None]).sum(2)  # [n, G, Dv]
-
-    # Extents are put together from their chunks, always in the same order.
-    which = merge.clamp(min=0).long()
-    alive = ((merge >= 0) & (chunks.held[which] > 0))[..., None]  # [B, Hkv, k, 1]
-    tops = top[which].masked_fill(~alive, -torch.inf)
-    highest = torch.maximum(tops.amax(2), own)
+    # Extents are put together from their chunks, always in the same order. (Chunks come first in these tensors: along the last
+    # axis of an index the compiler would gather single numbers.)
+    which, alive = merge.flatten(0, 1).clamp(min=0).t(), (merge >= 0).flatten(0, 1).t()[..., None]  # [k, U], [k, U, 1]
+    tops = tops[which].masked_fill(~alive, -torch.inf)
+    highest = torch.maximum(tops.amax(0), rest.amax(-1))  # [U, G]
     if sinks is not None:
-        sinks = sinks.float().view(Hkv, G)
+        sinks = sinks.float().view(Hkv, -1).repeat(B, 1)
         highest = torch.maximum(highest, sinks)
-    highest = _above(highest)  # [B, Hkv, G]
-    share, own = (tops - highest[:, :, None]).exp(), (own - highest).exp()
-    norm = (share * total[which]).sum(2) + own
+    highest = _above(highest)
+    shares, weights = (tops - highest).exp(), (rest - highest[..., None]).exp()
+    norm = (shares * totals[which]).sum(0) + weights.sum(-1)
     if sinks is not None:
         norm = norm + (sinks - highest).exp()
-    out = (share[..., None] * parts[which].masked_fill(~alive[..., None], 0)).sum(2) + own[..., None] * value.float()
+    out = (shares[..., None] * parts[which]).sum(0) + weights @ values
     out = out / torch.where(norm > 0, norm, 1)[..., None]
     return out.to(query.dtype).view(B, Hq, 1, -1)
 
 
-def _capped(logits, softcap):
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+def _products(asks, keys):
+    """[n, G, J, P] products of queries [n, G, D] and keys [n, J, P, D]; each key is read once, and nothing of its size is made."""
+    keys = keys.float()
+    return torch.stack([(ask[:, None, None] * keys).sum(-1) for ask in asks.unbind(1)], 1)
 
 
-def _masked(logits, mask):
-    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+def _weighed(weights, values, full):
+    """[n, G, Dv] sums of values [n, J, P, Dv] over the blocks that are full; what others hold may be NaN."""
+    values = values.float()
+    sums = ((weight[..., None] * values).sum(2) for weight in weights.unbind(1))
+    return torch.stack([torch.where(full[..., None], each, 0).sum(1) for each in sums], 1)
 
 
 def _above(top):
-    """A number to subtract before the exponential, which is the maximum, if there is one."""
+    """What to subtract before the exponential: the maximum, if there is one."""
     return top.masked_fill(top == -torch.inf, 0)
 
 
-def _of_chunks(mask, chunks, heads, group):
-    """Look up what a mask over tokens says of the places of chunks: [n, 1 or G, C]."""
-    if isinstance(mask.shape[3], int) and mask.shape[3] == 1:
-        columns = torch.zeros_like(chunks.columns)
-    else:
-        columns = chunks.columns.clamp(0, mask.shape[3] - 2)
-    row = torch.zeros_like(chunks.row) if isinstance(mask.shape[0], int) and mask.shape[0] == 1 else chunks.row
-    if mask.shape[1] == 1:
-        return mask[row[:, None], 0, 0, columns][:, None]
-    mask = mask[:, :, 0].unflatten(1, (heads, group))
-    each = torch.arange(group, device=mask.device)[:, None]
-    return mask[row[:, None, None], (chunks.owner % heads)[:, None, None], each, columns[:, None]]
+class _Logits:
+    """Products of a query and keys become logits: scale, cap and mask."""
+
+    def __init__(self, mask, shift, heads, scale, softcap):
+        self.mask, self.shift, self.heads, self.scale, self.softcap = mask, shift, heads, scale, softcap
+
+    def __call__(self, products, positions, extent):
+        """Products [x, G, J, P or P + 1] with the keys of slots at `positions`, [x, J, P], and of the new token behind them."""
+        logits = products * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.mask is None:
+            return logits
+        mask, row = self.mask[:, :, 0], (extent // self.heads)[:, None, None, None]
+        columns = torch.zeros_like(positions)
+        if not isinstance(mask.shape[2], int) or mask.shape[2] != 1:
+            columns = (positions + self.shift[row[..., 0]]).clamp(0, mask.shape[2] - 2)
+        if logits.shape[3] != positions.shape[2]:
+            columns = torch.cat([columns, columns.new_full((1, 1, 1), mask.shape[2] - 1).expand(len(columns), -1, -1)], 2)
+        if isinstance(mask.shape[0], int) and mask.shape[0] == 1:
+            row = torch.zeros_like(row)
+        head = torch.arange(mask.shape[1], device=mask.device).view(self.heads if mask.shape[1] > 1 else 1, -1)
+        head = head[extent % self.heads if mask.shape[1] > 1 else torch.zeros_like(extent)][:, :, None, None]  # [x, 1 or G, 1, 1]
+        seen = mask[row, head, columns[:, None]]
+        return logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
 
 
 def _attend(query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, shift, scale, softcap, sinks):
@@ -195,19 +196,21 @@ def _inputs(dims, dtype, device, seed):
     each = -(-S // chunk) + 1
     owner = torch.arange(B * H).repeat_interleave(each).int()
     first = torch.arange(each).mul(chunk).repeat(B * H).int()
+    listed = torch.zeros(B, H, each * chunk // block, dtype=torch.int32)
+    listed[..., :blocks] = table
+    listed = listed.view(-1, chunk // block)
     merge = torch.arange(B * H * each).view(B, H, each).int()
     mask = torch.rand(B, H * G, 1, S + 1, generator=generator) < 0.7
     shift = torch.zeros(B, dtype=torch.int64)
-    host = (mask, pool_positions, table, lengths, owner, first, merge, shift)
-    mask, pool_positions, table, lengths, owner, first, merge, shift = (x.to(device) for x in host)
-    places = (pool_keys, pool_values, pool_positions, table, lengths, owner, first, merge, shift)
-    return query, key, value, mask, *places, chunk, None, None, None
+    host = (mask, pool_positions, table, lengths, owner, first, listed, merge, shift)
+    mask, pool_positions, *places = (x.to(device) for x in host)
+    return query, key, value, mask, pool_keys, pool_values, pool_positions, *places, chunk, None, None, None
 
 
 OP = KernelOp(
     "ragged_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor pool_keys, Tensor pool_values, Tensor pool_positions,"
-    " Tensor table, Tensor lengths, Tensor owner, Tensor first, Tensor merge, Tensor shift, int chunk, float? scale,"
+    " Tensor table, Tensor lengths, Tensor owner, Tensor first, Tensor blocks, Tensor merge, Tensor shift, int chunk, float? scale,"
     " float? softcap=None, Tensor? sinks=None) -> Tensor",
     ragged_attention,
     _inputs,

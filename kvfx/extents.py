@@ -202,8 +202,9 @@ class Extents:
         self._split_work()
 
     def _split_work(self) -> None:
-        work = work_list(torch.from_numpy(self.lengths), CHUNK)
+        work = work_list(torch.from_numpy(self.lengths), torch.from_numpy(self.table), self.pool.block_size, CHUNK)
         self.work = WorkList(*(part.to(self.pool.keys.device) for part in work))
         mark_dynamic(self.work.owner, 1)
         mark_dynamic(self.work.first, 1)
+        mark_dynamic(self.work.blocks, 1)
         mark_dynamic(self.work.merge, 1, 3)

@@ -14,27 +14,31 @@ class WorkList(NamedTuple):
     Attributes:
         owner: extent that each chunk is of, `[L, n]` int32.
         first: its first slot within the extent, `[L, n]` int32.
+        blocks: its blocks, in order, `[L, n, chunk / P]` int32; 0 behind them.
         merge: chunks of each extent, in order, `[L, B, Hkv, k]` int32; -1 behind them.
     """
 
     owner: Tensor
     first: Tensor
+    blocks: Tensor
     merge: Tensor
 
 
 NOWHERE = 2**30  # where chunks of nothing begin: behind the end of every extent
 
 
-def work_list(lengths: Tensor, chunk: int) -> WorkList:
+def work_list(lengths: Tensor, table: Tensor, block: int, chunk: int) -> WorkList:
     """Cut extents into chunks.
 
     Args:
         lengths: slots that each extent holds, `[L, B, Hkv]` int64, on the host.
-        chunk: slots of a chunk; the last one of an extent may hold fewer.
+        table: blocks of each extent, in order, `[L, B, Hkv, m]` int32, on the host; 0 behind them.
+        block: slots of a block.
+        chunk: slots of a chunk, a multiple of `block`; the last one of an extent may hold fewer.
 
     Returns:
         Tensors on the host. All layers have as many chunks as the one that needs most, and at least two: a graph takes a size of
-        one for a constant. The list stays right until some extent needs another chunk.
+        one for a constant. The list stays right until some extent needs another chunk or has another block.
     """
     layers, batch, heads = lengths.shape
     needs = (-(lengths // -chunk)).view(layers, -1)
@@ -47,7 +51,13 @@ def work_list(lengths: Tensor, chunk: int) -> WorkList:
     owner = torch.zeros(layers, width, dtype=torch.int32)
     first = torch.full((layers, width), NOWHERE, dtype=torch.int32)
     merge = torch.full((layers * batch * heads, depth), -1, dtype=torch.int32)
+    each = chunk // block
+    padded = torch.zeros(len(merge), depth * each, dtype=torch.int32)  # the table, cut where chunks end
+    columns = min(table.shape[3], depth * each)
+    padded[:, :columns] = table.flatten(0, 2)[:, :columns]
+    blocks = torch.zeros(layers, width, each, dtype=torch.int32)
+    blocks[layer, place] = padded.view(-1, depth, each)[extent, within]
     owner[layer, place] = (extent % needs.shape[1]).int()
     first[layer, place] = (within * chunk).int()
     merge[extent, within] = place.int()
-    return WorkList(owner, first, merge.view(layers, batch, heads, depth))
+    return WorkList(owner, first, blocks, merge.view(layers, batch, heads, depth))

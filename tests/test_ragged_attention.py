@@ -94,9 +94,9 @@ def given_of(case: Case, lengths: Tensor | None = None) -> Given:
                 block, place = mine[slot // case.block], slot % case.block
                 keys[block, place], values[block, place], positions[block, place] = (x[slot] for x in held)
     query, key, value = (normal(rows, many_heads, case.new, dim) for many_heads in (heads * case.group, heads, heads))
-    list_of = work_list(lengths[None], CHUNK)
+    work = [part[0] for part in work_list(lengths[None], table[None], case.block, CHUNK)]
     sinks = normal(heads * case.group) if case.with_sinks else None
-    places = keys, values, positions, table, lengths, list_of.owner[0], list_of.first[0], list_of.merge[0], case.text - seen
+    places = keys, values, positions, table, lengths, *work, case.text - seen
     return Given([query, key, value, mask_of(case, generator), *places, CHUNK, None, case.softcap, sinks], kept)
 
 
@@ -115,7 +115,7 @@ def mask_of(case: Case, generator: torch.Generator) -> Tensor | None:
 def slow(given: Given, dtype: torch.dtype) -> Tensor:
     """One query after the other, by the definition."""
     query, key, value, mask, *rest = given.arguments
-    shift, sinks, softcap = rest[8], rest[-1], rest[-2]
+    shift, sinks, softcap = rest[9], rest[-1], rest[-2]
     rows, heads, new, dim = query.shape
     group, text = heads // key.shape[1], 0 if mask is None else mask.shape[3] - new
     out = torch.zeros(rows, heads, new, value.shape[3], dtype=dtype)
@@ -174,23 +174,38 @@ def test_a_query_that_sees_nothing_gets_zero(new):
     assert torch.equal(attend(given), torch.zeros_like(given.arguments[0]))
 
 
-@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 4, 64]))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([1, 4, 64]),
+    st.sampled_from([1, 4]),
+)
 @many
-def test_a_work_list_covers_every_slot_once_and_in_order(seed, layers, rows, heads, chunk):
-    lengths = torch.randint(0, 200, (layers, rows, heads), generator=torch.Generator().manual_seed(seed))
-    lengths = lengths * torch.randint(0, 2, lengths.shape, generator=torch.Generator().manual_seed(seed + 1))
-    owner, first, merge = work_list(lengths, chunk)
-    assert owner.dtype == first.dtype == merge.dtype == torch.int32
-    assert min(owner.shape[1], merge.shape[3]) >= 2
+def test_a_work_list_covers_every_slot_once_and_in_order(seed, layers, rows, heads, blocks, block):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 200, (layers, rows, heads), generator=generator)
+    lengths = lengths * torch.randint(0, 2, lengths.shape, generator=generator)
+    table = torch.randint(1, 1000, (layers, rows, heads, -(-200 // block)), generator=generator).int()
+    table = table.where(torch.arange(table.shape[3]) < -(lengths // -block)[..., None], 0)
+    chunk = block * blocks
+    work = work_list(lengths, table, block, chunk)
+    assert {part.dtype for part in work} == {torch.int32}
+    assert min(work.owner.shape[1], work.merge.shape[3]) >= 2
     for layer in range(layers):
         listed = []
         for extent in range(rows * heads):
-            mine = [place for place in merge[layer].view(rows * heads, -1)[extent].tolist() if place >= 0]
-            assert first[layer, mine].tolist() == list(range(0, int(lengths[layer].flatten()[extent]), chunk))
-            assert (owner[layer, mine] == extent).all()
+            mine = [place for place in work.merge[layer].view(rows * heads, -1)[extent].tolist() if place >= 0]
+            needed = -(int(lengths[layer].flatten()[extent]) // -block)
+            assert work.first[layer, mine].tolist() == list(range(0, int(lengths[layer].flatten()[extent]), chunk))
+            assert (work.owner[layer, mine] == extent).all()
+            named = work.blocks[layer, mine].flatten()
+            assert torch.equal(named[:needed], table[layer].flatten(0, 1)[extent, :needed])
+            assert not named[needed:].any()
             listed += mine
         assert sorted(listed) == list(range(len(listed)))
-        assert (first[layer, len(listed) :] == NOWHERE).all()
+        assert (work.first[layer, len(listed) :] == NOWHERE).all()
 
 
 @pytest.mark.inductor
@@ -199,7 +214,7 @@ def test_one_graph_serves_extents_of_all_lengths(new):
     torch._dynamo.reset()
     attention = OPS["ragged_attention"].reference
     compiled = torch.compile(lambda *arguments: attention(*arguments), fullgraph=True)
-    moving = {3: [3], 4: [0], 5: [0], 6: [0], 7: [2], 9: [0], 10: [0], 11: [2]}
+    moving = {3: [3], 4: [0], 5: [0], 6: [0], 7: [2], 9: [0], 10: [0], 11: [0], 12: [2]}
     for seed, lengths in enumerate(([[0, 0], [0, 0]], [[300, 17], [64, 3]], [[1, 400], [399, 8]], [[40, 50], [0, 60]])):
         case = PLAIN._replace(text=400 + seed, seed=6 * seed + 1, new=new, mask="bool")
         given = given_of(case, torch.tensor(lengths))
