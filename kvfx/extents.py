@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvfx.passes.capture import mark_dynamic
-from kvfx.pool import Pool
+from kvfx.pool import NOBODY, Pool
 from kvfx.work_list import WorkList, work_list
 
 CHUNK = 128
@@ -24,7 +24,8 @@ class Extents:
     Attributes:
         pool: the blocks.
         lengths: slots of each extent, `[L, B, Hkv]` int64.
-        table: blocks of each extent in order, `[L, B, Hkv, m]` int32; behind those that its length needs, `pool.NOBODY`.
+        owned: blocks of each extent, `[L, B, Hkv]`: as many as its length needs, and some that wait for what comes.
+        table: these blocks in order, `[L, B, Hkv, m]` int32; behind them `pool.NOBODY`.
         device_lengths: `lengths` for graphs, which count them on.
         device_table: `table` for graphs.
         work: how attention splits its work, see `kvfx.work_list`.
@@ -32,8 +33,9 @@ class Extents:
 
     def __init__(self, pool: Pool, layers: int, rows: int, heads: int) -> None:
         self.pool = pool
-        self.lengths = np.zeros((layers, rows, heads), dtype=np.int64)
-        self.table = np.zeros((layers, rows, heads, 2), dtype=np.int32)
+        self.lengths: np.ndarray = np.zeros((layers, rows, heads), dtype=np.int64)
+        self.owned: np.ndarray = np.zeros_like(self.lengths)
+        self.table: np.ndarray = np.zeros((layers, rows, heads, 2), dtype=np.int32)
         self.device_lengths: Tensor
         self.device_table: Tensor
         self.work: WorkList
@@ -44,12 +46,13 @@ class Extents:
     @property
     def blocks(self) -> np.ndarray:
         """The blocks owned, those that several extents share several times."""
-        return self.table[self._owned(self._needed(self.lengths))]
+        return self.table[self._first(self.owned)]
 
     def _needed(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths // self.pool.block_size)
 
-    def _owned(self, blocks: np.ndarray) -> np.ndarray:
+    def _first(self, blocks: np.ndarray) -> np.ndarray:
+        """Which places of the table are the first `blocks` ones of their extents."""
         return np.arange(self.table.shape[3]) < blocks[..., None]
 
     def slots(self, layer: int) -> np.ndarray:
@@ -73,14 +76,17 @@ class Extents:
             PoolExhausted: there is none. Nothing has changed.
         """
         more = np.asarray(new)[None, :, None]
-        wanted, held = self._needed(self.lengths + more), self._needed(self.lengths)
+        wanted = np.maximum(self.owned, self._needed(self.lengths + more))
         shared = self._shared_tails(more > 0)
-        taken = self.pool.take(int((wanted - held).sum()) + len(shared[0]))
-        if not len(taken):
+        if (wanted == self.owned).all() and not len(shared[0]):
             return
+        # A block more for each, lest there be another extent that needs one at every step.
+        ahead = np.maximum(wanted, np.where(more > 0, self._needed(self.lengths + more + self.pool.block_size - 1), 0))
+        if self.pool.allows(int((ahead - self.owned).sum()) + len(shared[0])):
+            wanted = ahead
+        taken = self.pool.take(int((wanted - self.owned).sum()) + len(shared[0]))
         self._part_tails(shared, taken[: len(shared[0])])
-        self._widen(int(wanted.max()))
-        self.table[self._owned(wanted) & ~self._owned(held)] = taken[len(shared[0]) :]
+        self._own(wanted, taken[len(shared[0]) :])
         self.upload()
 
     def fill(self, lengths: np.ndarray) -> None:
@@ -90,9 +96,7 @@ class Extents:
             PoolExhausted: there is no room for them.
         """
         needed = self._needed(lengths)
-        taken = self.pool.take(int(needed.sum()))
-        self._widen(int(needed.max()))
-        self.table[self._owned(needed)] = taken
+        self._own(needed, self.pool.take(int(needed.sum())))
         self.lengths = lengths.astype(np.int64)
         self.upload()
 
@@ -105,6 +109,7 @@ class Extents:
         Raises:
             PoolExhausted: there are not so many. Nothing has changed.
         """
+        self.undo()
         layers, _, heads = self.lengths.shape
         spare = self.pool.block_size - 1
         most = max(2, sum((count * heads + spare * heads) // self.pool.block_size for count in kept))
@@ -117,28 +122,35 @@ class Extents:
 
     def adopt(self, new: np.ndarray, reserved: np.ndarray) -> None:
         """Let extents grow by `new`, `[L, B, Hkv]`, into reserved blocks, as `kernels.place` does; give the others back."""
-        held, wanted = self._needed(self.lengths), self._needed(self.lengths + new)
-        self._widen(int(wanted.max()))
-        grown = self._owned(wanted) & ~self._owned(held)
-        used = np.arange(reserved.shape[1]) < (wanted - held).sum((1, 2))[:, None]
-        self.table[grown] = reserved[used]
+        wanted = self._needed(self.lengths + new)
+        used = np.arange(reserved.shape[1]) < (wanted - self.owned).sum((1, 2))[:, None]
+        self._own(wanted, reserved[used])
         self.pool.release(reserved[~used])
         self.lengths = self.lengths + new
         self.upload()
 
     def grow(self, new: Sequence[int]) -> None:
         """Note that a graph has filled `new[b]` more slots in all extents of row b, and counted them."""
-        chunks = -(-self.lengths // CHUNK)
         self.lengths = self.lengths + np.asarray(new)[None, :, None]
-        if (-(-self.lengths // CHUNK) > chunks).any():
-            self._split_work()
 
     def undo(self) -> None:
         """Give back the room that was made for what did not come."""
-        held = self._owned(self._needed(self.lengths))
-        self.pool.release(self.table[~held & (self.table > 0)])
-        self.table[~held] = 0
+        needed = self._needed(self.lengths)
+        self.pool.release(self.table[self._first(self.owned) & ~self._first(needed)])
+        self._keep(needed)
         self.upload()
+
+    def _keep(self, blocks: np.ndarray) -> None:
+        self.table[~self._first(blocks)] = NOBODY
+        self.owned = blocks
+
+    def _own(self, wanted: np.ndarray, taken: np.ndarray) -> None:
+        """Let extents own `wanted` blocks, more than they do; `taken` are those that come."""
+        missing = int(wanted.max()) - self.table.shape[3]
+        if missing > 0:
+            self.table = np.pad(self.table, ((0, 0), (0, 0), (0, 0), (0, missing + 1)))
+        self.table[self._first(wanted) & ~self._first(self.owned)] = taken
+        self.owned = wanted
 
     def _shared_tails(self, grows: np.ndarray) -> tuple[np.ndarray, ...]:
         """The extents that grow into a block which others hold too, and its index."""
@@ -154,17 +166,14 @@ class Extents:
         self.pool.release(self.table[shared])
         self.table[shared] = copies
 
-    def _widen(self, columns: int) -> None:
-        missing = columns - self.table.shape[3]
-        if missing > 0:
-            self.table = np.pad(self.table, ((0, 0), (0, 0), (0, 0), (0, missing + 1)))
-
     # -- edits -----------------------------------------------------------------------------------------------------------------
 
     def rows(self, index: Sequence[int]) -> None:
         """Let row i become row `index[i]`, sharing its blocks."""
         before = self.blocks
-        self.lengths, self.table = (np.ascontiguousarray(held[:, list(index)]) for held in (self.lengths, self.table))
+        self.lengths, self.owned = (np.ascontiguousarray(held[:, list(index)]) for held in (self.lengths, self.owned))
+        self.table = np.ascontiguousarray(self.table[:, list(index)])
+        self._keep(self._needed(self.lengths))  # what waits to be written cannot be shared
         self.pool.share(self.blocks)
         self.pool.release(before)
         self.upload()
@@ -178,14 +187,15 @@ class Extents:
         """Extents of the same slots that go their own way: blocks are shared until one of the two writes to them."""
         other = Extents(self.pool, *self.lengths.shape)
         other.lengths, other.table = self.lengths.copy(), self.table.copy()
+        other._keep(self._needed(self.lengths))
         self.pool.share(other.blocks)
         other.upload()
         return other
 
     def drop(self) -> None:
         """Own nothing any more."""
-        blocks, self.lengths = self.blocks, np.zeros_like(self.lengths)
-        self.table[:] = 0
+        blocks, self.lengths, self.owned = self.blocks, np.zeros_like(self.lengths), np.zeros_like(self.lengths)
+        self.table[:] = NOBODY
         self.pool.release(blocks)
 
     def __del__(self) -> None:
@@ -194,17 +204,14 @@ class Extents:
 
     def upload(self) -> None:
         """Say on the device what the host knows."""
-        device = self.pool.keys.device
+        device, size = self.pool.keys.device, self.pool.block_size
         self.device_lengths = torch.from_numpy(self.lengths.copy()).to(device)
         self.device_table = torch.from_numpy(self.table.copy()).to(device)
         mark_dynamic(self.device_lengths, 1)
         mark_dynamic(self.device_table, 1, 3)
-        self._split_work()
-
-    def _split_work(self) -> None:
-        work = work_list(torch.from_numpy(self.lengths), torch.from_numpy(self.table), self.pool.block_size, CHUNK)
-        self.work = WorkList(*(part.to(self.pool.keys.device) for part in work))
-        mark_dynamic(self.work.owner, 1)
-        mark_dynamic(self.work.first, 1)
-        mark_dynamic(self.work.blocks, 1)
+        # Of all blocks owned: the list stays right while slots fill them.
+        work = work_list(torch.from_numpy(self.owned * size), torch.from_numpy(self.table), size, CHUNK)
+        self.work = WorkList(*(part.to(device) for part in work))
+        for part in self.work[:3]:
+            mark_dynamic(part, 1)
         mark_dynamic(self.work.merge, 1, 3)

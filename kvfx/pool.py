@@ -48,6 +48,10 @@ class Pool:
         """Blocks that nobody owns."""
         return int((self._owners == 0).sum())
 
+    def allows(self, count: int) -> bool:
+        """Whether `count` more blocks can be owned."""
+        return self.limit is None or count <= self.free + self.limit - self.blocks
+
     def owners(self, blocks: np.ndarray) -> np.ndarray:
         """How many own each block."""
         return self._owners[blocks]
@@ -60,7 +64,7 @@ class Pool:
         """
         missing = count - self.free
         if missing > 0:
-            if self.limit is not None and self.blocks + missing > self.limit:
+            if self.limit is not None and not self.allows(count):
                 raise PoolExhausted(
                     f"the pool has {self.limit} blocks of {self.block_size} slots, {self.free + self.limit - self.blocks} of them "
                     f"free, and {count} are needed. Nothing was written. Drop caches that share it, keep less, or make it larger."

@@ -56,13 +56,14 @@ class RaggedCache(Cache):
         Returns:
             Layers by index, which the caller puts in their places.
         """
-        alike: dict[Any, list[int]] = {}
+        alike: dict[tuple[Any, ...], list[int]] = {}
         for index, (key, value) in like.items():
             alike.setdefault((key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device), []).append(index)
-        made, pools = {}, dict[Any, Pool]()
+        made, pools = dict[int, RaggedLayer](), dict[tuple[Any, ...], Pool]()
         for (heads, *kind), members in alike.items():
             if tuple(kind) not in pools:
-                pools[tuple(kind)] = Pool(*like[members[0]], self.block_size, self.limit)
+                key, value = like[members[0]]
+                pools[tuple(kind)] = Pool(key, value, self.block_size, self.limit)
             extents = Extents(pools[tuple(kind)], len(members), rows, heads)
             self.extents.append(extents)
             made |= {index: RaggedLayer(extents, place) for place, index in enumerate(members)}

@@ -13,7 +13,7 @@ STATE = ("keys", "values", "positions", "lengths")
 
 
 class RaggedLayer(CacheLayer):
-    """Keys, values and positions of one layer, layout `ragged`.
+    """Keys, values and positions of one layer, layout `ragged`: worked out from the blocks, where other layers store them.
 
     Attributes:
         extents: those of all layers like it, and `index`, which of them it is.
@@ -39,27 +39,27 @@ class RaggedLayer(CacheLayer):
         return int(self.extents.lengths[self.index].max())
 
     @property
-    def evicted(self) -> int:
+    def evicted(self) -> int:  # type: ignore[override]
         """Logical minus physical length."""
         return self.tokens - self.slots
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         """That of keys and values."""
         return self.extents.pool.keys.dtype
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         """Where the slots are."""
         return self.extents.pool.keys.device
 
     @property
-    def keys(self) -> Tensor:
+    def keys(self) -> Tensor:  # type: ignore[override]
         """A copy of all keys, `[B, Hkv, T, D]`, T being the length of the longest head: empty slots are zero, on the left."""
         return self._padded(self.extents.pool.keys, 0)
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         """A copy of all values, as of `keys`."""
         return self._padded(self.extents.pool.values, 0)
 

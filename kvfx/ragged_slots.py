@@ -111,6 +111,7 @@ class RaggedSlots(SlotCache):
 
     def end(self, seen: Tensor) -> None:
         """Write new tokens that are all kept, of all layers at once, and count them."""
+        assert self.positions is not None
         for group, (keys, values, positions, table, lengths, _, _) in enumerate(self.blocks):
             mine = [index for index, (owner, _) in self.where.items() if owner == group and index in self.new]
             if not mine:
@@ -123,5 +124,5 @@ class RaggedSlots(SlotCache):
             target = block, at % size
             keys.index_put_(target, new_keys)
             values.index_put_(target, new_values)
-            positions.index_put_(target, self.positions[:, None].expand(-1, lengths.shape[2], -1).expand_as(block))  # type: ignore[union-attr]
+            positions.index_put_(target, self.positions[:, None].expand(-1, lengths.shape[2], -1).expand_as(block))
             lengths.add_(real.sum(-1)[:, None])

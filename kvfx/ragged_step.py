@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ class Room:
 
     def blocks(self) -> list[Blocks]:
         """What the graph reads and writes."""
-        fresh = [_uploaded(blocks, extents) for blocks, extents in zip(self.fresh, self.extents, strict=False)]
+        fresh: list[Any] = [_uploaded(blocks, extents) for blocks, extents in zip(self.fresh, self.extents, strict=False)]
         return [
             Blocks(*extents.pool.tensors(), extents.device_table, extents.device_lengths, tuple(extents.work), new)
             for extents, new in zip(self.extents, fresh or [None] * len(self.extents), strict=True)

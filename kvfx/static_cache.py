@@ -13,7 +13,7 @@ from kvfx.cache import Cache
 from kvfx.cache_step import note
 from kvfx.errors import CacheMismatch, PoolExhausted
 from kvfx.layouts import to_dense
-from kvfx.static_layer import STATE, StaticLayer
+from kvfx.static_layer import StaticLayer
 
 
 class StaticCache(Cache):
@@ -129,7 +129,7 @@ class StaticCache(Cache):
         """Put a cache together from what `tensors()` and `about()` returned."""
         cache = cls(about["capacity"], about["tokens"])
         for index, facts in enumerate(about["layers"]):
-            cache.layers.append(StaticLayer.of_state({name: tensors.get(f"layers.{index}.{name}") for name in STATE}, facts))
+            cache.layers.append(StaticLayer.of_state(index, tensors, facts))
         cache._take(tensors, about)
         if isinstance(cache.lengths_seen, Tensor):  # a pytree may hold anything
             cache.mark()

@@ -74,8 +74,9 @@ class StaticLayer(CacheLayer):
         return [tensor for name, tensor in self.state().items() if self.window is not None or name in ("positions", "length")]
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any], facts: Mapping[str, Any]) -> StaticLayer:
-        """Put a layer together from its tensors and what `StaticCache.about` says of it."""
+    def of_state(cls, index: int, tensors: Mapping[str, Any], facts: Mapping[str, Any]) -> StaticLayer:
+        """Put layer `index` together from the tensors of a cache and what `StaticCache.about` says of it."""
+        state: dict[str, Any] = {name: tensors.get(f"layers.{index}.{name}") for name in STATE}
         layer = cls.__new__(cls)
         CacheLayer.__init__(layer, facts["window"])
         layer.store(state["keys"], state["values"])

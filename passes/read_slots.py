@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
@@ -109,7 +110,7 @@ def _swap_ragged(site: Site, traces: Traces) -> None:
     nodes["attention"] = swapped
 
 
-SWAPS = {READ: _swap, READ_STATIC: _swap_static, READ_RAGGED: _swap_ragged}
+SWAPS: dict[Any, Callable[[Site, Traces], None]] = {READ: _swap, READ_STATIC: _swap_static, READ_RAGGED: _swap_ragged}
 
 
 def _refuse_flag(is_causal: bool, attention: fx.Node) -> None:

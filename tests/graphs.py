@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from kvfx.cache import CacheLayer
-from kvfx.slot_cache import SlotCache
 from kvfx.engine import step
 from kvfx.passes import PIPELINE, capture
 from kvfx.passes.cache_write import size_of
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report
+from kvfx.slot_cache import SlotCache
 
 
 def traced_step(model, ids: Tensor, valid: Tensor | None = None, keep: int | None = None, past: int = 0) -> fx.GraphModule:

@@ -288,7 +288,11 @@ class Blocks(RuleBasedStateMachine):
         for layer in range(2):
             flat = torch.tensor([token for row in held[layer] for head in row for token in head], dtype=torch.int32)
             slots = torch.from_numpy(extents.slots(layer))
-            fresh = torch.tensor([i in self.new for i in flat.tolist()], dtype=torch.bool) if hasattr(self, "new") else torch.ones(len(flat)).bool()
+            fresh = (
+                torch.tensor([i in self.new for i in flat.tolist()], dtype=torch.bool)
+                if hasattr(self, "new")
+                else torch.ones(len(flat)).bool()
+            )
             self.pool.positions.view(-1)[slots[fresh]] = flat[fresh]
 
     @rule(which=st.integers(0, 3), new=st.tuples(st.integers(0, 6), st.integers(0, 6)))

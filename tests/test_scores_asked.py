@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from kvfx.cache import CacheLayer
-from kvfx.slot_cache import SlotCache
 from kvfx.engine import step
 from kvfx.lower import lower
 from kvfx.passes import capture, run
 from kvfx.passes.report import Unscored
 from kvfx.policy import Policy
+from kvfx.slot_cache import SlotCache
 from reference import capture as taps_of
 from reference import knorm, protected, snapkv
 from test_equivalence import decoder, padded
