@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # A room's name in imports, and what its files may import besides the standard library.
 ROOMS = {
-    "kvfx": ("kvfx", ("kvfx", "torch", "transformers", "optree", "safetensors", "lark", "yaml", "rich", "typer")),
+    "kvfx": ("kvfx", ("kvfx", "torch", "numpy", "transformers", "optree", "safetensors", "lark", "yaml", "rich", "typer")),
     "passes": ("kvfx.passes", ("kvfx.passes", "kvfx.kernels", "torch")),
     "kernels": ("kvfx.kernels", ("kvfx.kernels", "torch")),
 }

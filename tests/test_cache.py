@@ -275,8 +275,8 @@ def test_layers_show_keys_values_and_positions():
     compiled(HALF)(tokens(1, 3), past_key_values=cache)
     assert cache.layers[1].positions[0, 1, 4:].tolist() == [9, 10, 11]
     assert cache.to("dense") is cache
-    with pytest.raises(kvfx.InputError, match=r"unknown layout 'ragged'; known: \['dense', 'static', 'ragged'\]"):
-        cache.to("ragged")
+    with pytest.raises(kvfx.InputError, match=r"unknown layout 'paged'; known: \['dense', 'static', 'ragged'\]"):
+        cache.to("paged")
     cache.reset()
     assert (len(cache), cache.get_seq_length(), cache.nbytes, cache.batch_size) == (0, 0, 0, -1)
 

@@ -525,11 +525,11 @@ PLANS = {
     "lagkv@kvpress": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4)))),
     "chunkkv": Plan(SNAPKV, recent=64, shared=True, chunk=20),
     "chunkkv@kvpress": Plan(kvpress_window(64, 5, False), shared=True, chunk=20),
-    "compactor@engine": Plan(ENGINE, sinks=16, recent=64),
-    "adakv": Plan(SNAPKV, recent=64),
-    "adakv@kvpress": Plan(kvpress_window(64, 5, False)),
-    "critical_adakv": Plan(critical(SNAPKV), recent=64),
-    "critical_adakv@kvpress": Plan(critical(kvpress_window(64, 5, False))),
+    "compactor@engine": Plan(ENGINE, sinks=16, recent=64, floor=Fraction(0)),
+    "adakv": Plan(SNAPKV, recent=64, floor=Fraction(1, 5)),
+    "adakv@kvpress": Plan(kvpress_window(64, 5, False), floor=Fraction(1, 5), least=1),
+    "critical_adakv": Plan(critical(SNAPKV), recent=64, floor=Fraction(1, 5)),
+    "critical_adakv@kvpress": Plan(critical(kvpress_window(64, 5, False)), floor=Fraction(1, 5), least=1),
     "random": Plan(OpCall("random", ("key",), None, (("seed", 0),))),
 }
 
