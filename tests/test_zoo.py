@@ -201,6 +201,20 @@ class Checks:
         family.check_logits(cache, 0, LENGTH, tokens, torch.cat(logits, 1))
 
 
+    @pytest.mark.slow
+    def test_heads_that_hold_unequally_many_slots_decode_as_the_reference(self, family):
+        model, short = family.compiled("-knorm | budget=heads(0.4)"), torch.zeros(1, LENGTH - SHORT, dtype=torch.long)
+        ids, mask = torch.cat([family.ids, torch.cat([short, family.ids[:, :SHORT]], 1)]), torch.ones(2, LENGTH, dtype=torch.long)
+        mask[1, : LENGTH - SHORT] = 0
+        with family.warning():
+            cache = model.compress(ids, mask)
+        work, tokens, logits = cache.copy(), torch.cat([zoo.prompt(4, seed=2), zoo.prompt(4, seed=3)]), []
+        for index in range(4):
+            logits.append(model(tokens[:, index : index + 1], past_key_values=work).logits)
+        for row, length in enumerate((LENGTH, SHORT)):
+            family.check_logits(cache, row, length, tokens[row : row + 1], torch.cat(logits, 1)[row : row + 1])
+
+
 # Two classes, so that two processes can share the families out.
 class TestTheFirstHalfOfTheZoo(Checks):
     NAMES = sorted(zoo.ROWS)[0::2]
