@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 import torch
 from matplotlib import pyplot
-from method import AA, Fresh, Row, Subject, compare, read, save
+from method import AA, Fresh, Row, Subject, bytes_column, compare, read, save, with_bytes
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -58,19 +58,6 @@ class Prompt:
     def capacity(self) -> int:
         """Slots of a cache that does not grow."""
         return self.length + STEPS
-
-
-@dataclass(frozen=True)
-class Step(Row):
-    """As `Row`.
-
-    Attributes:
-        held: bytes of the cache over those of the baseline's.
-        bar: what `held` is promised to be at most, or "" if nothing is.
-    """
-
-    held: float
-    bar: float | str
 
 
 def steps(forward: Callable[..., Any], cache: Any) -> Callable[[], Any]:
@@ -226,11 +213,9 @@ def measure(name: str, model: LlamaForCausalLM, length: int, options: argparse.N
     for baseline in (baseline for baseline in against if baseline in rows):
         variants = {title: rows[title] for title in against[baseline] if title != baseline}
         goals = GOALS.get(baseline, {}) if name == "narrow" else {}
-        bars = BARS.get(baseline, {})
         title = f"{name} S={length} / {baseline}"
-        for row in compare(title, rows[baseline], variants, goals=goals, rounds=options.rounds):
-            ratio = held.get(row.variant, held[baseline]) / held[baseline]
-            measured.append(Step(**asdict(row), held=ratio, bar=bars.get(row.variant, "")))
+        compared = compare(title, rows[baseline], variants, goals=goals, rounds=options.rounds)
+        measured += with_bytes(compared, baseline, held, BARS.get(baseline, {}))
     if counters["stats"]["unique_graphs"] != built:
         raise SystemExit(f"{counters['stats']['unique_graphs'] - built} graphs were compiled while they were timed")
     return measured
@@ -258,17 +243,16 @@ def table(name: str) -> str:
         f"CPU time of {STEPS} decode steps behind S tokens, over that of the baseline behind the slash: median of pairs, with",
         "its 95 % interval. Plain rows are `torch.compile` of the transformers model. A goal is met, or not, when the ratio is",
         "further from it than the A/A interval reaches from 1; nearer is undecided. `bytes`: those of all that the cache holds,",
-        "tables and free slots included, over the baseline's; `bar`: at most that.\n",
-        "| setting / baseline | step | ratio | 95 % | goal | | bytes | bar | ms a step | baseline ms | pairs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "tables and free slots included, over the baseline's.\n",
+        "| setting / baseline | step | ratio | 95 % | goal | | bytes | ms a step | baseline ms | pairs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         goal = f"{row['goal']:.2f}" if isinstance(row["goal"], float) else ""
-        bar = f"{row['bar']:.2f} {'met' if row['held'] <= row['bar'] else 'not met'}" if isinstance(row["bar"], float) else ""
         times = " | ".join(f"{1000 * row[key] / STEPS:.2f}" for key in ("seconds", "baseline_seconds"))
         lines.append(
             f"| {row['setting']} | {row['variant']} | {row['ratio']:.3f} | {row['low']:.3f}-{row['high']:.3f} | {goal} "
-            f"| {row['verdict']} | {row['held']:.3f} | {bar} | {times} | {row['rounds']:.0f} |"
+            f"| {row['verdict']} | {bytes_column(row)} | {times} | {row['rounds']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -54,6 +54,19 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Held(Row):
+    """A row of which the memory counts too.
+
+    Attributes:
+        held: bytes that the variant holds, over those that the baseline holds.
+        bar: what `held` is promised to be at most, or "" if nothing is.
+    """
+
+    held: float
+    bar: float | str
+
+
+@dataclass(frozen=True)
 class Subject:
     """What a benchmark measures, of models at lengths, and how it shows it.
 
@@ -159,6 +172,22 @@ def compare(
         )  # fmt: skip
         rows.append(row)
     return [replace(row, verdict=_verdict(row, rows[0])) for row in rows]
+
+
+def with_bytes(rows: Sequence[Row], baseline: str, held: Mapping[str, int], bars: Mapping[str, float]) -> list[Row]:
+    """Rows against `baseline`, and beside each the bytes that it holds, of all titles."""
+    return [
+        Held(**asdict(row), held=held.get(row.variant, held[baseline]) / held[baseline], bar=bars.get(row.variant, ""))
+        for row in rows
+    ]
+
+
+def bytes_column(row: Mapping[str, Any]) -> str:
+    """For a table: bytes held, and whether their bar is met; nothing for results that are older than this column."""
+    if "held" not in row:
+        return ""
+    bar = f" (bar {row['bar']:.2f}, {'met' if row['held'] <= row['bar'] else 'not met'})" if isinstance(row["bar"], float) else ""
+    return f"{row['held']:.3f}{bar}"
 
 
 def _verdict(row: Row, noise: Row) -> str:
