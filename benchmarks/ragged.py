@@ -7,8 +7,8 @@
 All forms are Inductor with one thread: one graph of a few layers, whose queries wait for each other as those of a model do. The new
 token's key and value are in place, or given beside the pool where the form takes them so; nothing is written, and no tables are
 made, which `decode.py` has in its steps. Each answer is compared with its definition in float64 before anything is timed, that of
-a form in bfloat16 in float32 too. Heads keep 10 % to 95 % of S tokens, half of all in the mean. Writes results/ragged.csv, .md, .png
-and .svg after each setting.
+a form in bfloat16 in float32 too. Heads keep 10 % to 95 % of S tokens, half of all in the mean. Writes results/ragged.csv, .md,
+.png and .svg after each setting.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def plot(name: str) -> None:
         ratios = [row["ratio"] for row in against[setting]]
         panel.barh(range(len(titles)), ratios, color=["tab:blue" if title.startswith("kvfx") else "0.6" for title in titles])
         for place, row in enumerate(against[setting]):
-            panel.text(row["ratio"], place, f" {row['ratio']:.2f}", va="center", fontsize=8)
+            beside = max(row[key] for key in ("ratio", "floor") if isinstance(row[key], float))
+            panel.text(beside, place, f" {row['ratio']:.2f}", va="center", fontsize=8)
             if isinstance(row["floor"], float):
                 panel.plot(row["floor"], place, "|", color="black", markersize=8)
         panel.axvline(1, color="0.5", linewidth=0.8)
