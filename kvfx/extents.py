@@ -25,6 +25,7 @@ class Extents:
         pool: the blocks.
         lengths: slots of each extent, `[L, B, Hkv]` int64.
         owned: blocks of each extent, `[L, B, Hkv]`: as many as its length needs, and some that wait for what comes.
+        ready: tokens of each row for which all that `make_room` does is done, `[B]`.
         table: these blocks in order, `[L, B, Hkv, m]` int32; behind them `pool.NOBODY`.
         device_lengths: `lengths` for graphs, which count them on.
         device_table: `table` for graphs.
@@ -35,6 +36,7 @@ class Extents:
         self.pool = pool
         self.lengths: np.ndarray = np.zeros((layers, rows, heads), dtype=np.int64)
         self.owned: np.ndarray = np.zeros_like(self.lengths)
+        self.ready: np.ndarray = np.zeros(rows, dtype=np.int64)
         self.table: np.ndarray = np.zeros((layers, rows, heads, 2), dtype=np.int32)
         self.device_lengths: Tensor
         self.device_table: Tensor
@@ -75,11 +77,11 @@ class Extents:
         Raises:
             PoolExhausted: there is none. Nothing has changed.
         """
+        if (self.ready >= new).all():
+            return
         more = np.asarray(new)[None, :, None]
         wanted = np.maximum(self.owned, self._needed(self.lengths + more))
         shared = self._shared_tails(more > 0)
-        if (wanted == self.owned).all() and not len(shared[0]):
-            return
         # A block more for each, lest there be another extent that needs one at every step.
         ahead = np.maximum(wanted, np.where(more > 0, self._needed(self.lengths + more + self.pool.block_size - 1), 0))
         if self.pool.allows(int((ahead - self.owned).sum()) + len(shared[0])):
@@ -88,6 +90,8 @@ class Extents:
         self._part_tails(shared, taken[: len(shared[0])])
         self._own(wanted, taken[len(shared[0]) :])
         self.upload()
+        room = (self.owned * self.pool.block_size - self.lengths).min((0, 2))
+        self.ready = np.where(np.asarray(new) > 0, room, 0)  # the tail of a row that did not ask may still be shared
 
     def fill(self, lengths: np.ndarray) -> None:
         """Own blocks for extents of these lengths, `[L, B, Hkv]`; there were none.
@@ -131,7 +135,8 @@ class Extents:
 
     def grow(self, new: Sequence[int]) -> None:
         """Note that a graph has filled `new[b]` more slots in all extents of row b, and counted them."""
-        self.lengths = self.lengths + np.asarray(new)[None, :, None]
+        self.lengths += np.asarray(new)[None, :, None]
+        self.ready -= new
 
     def undo(self) -> None:
         """Give back the room that was made for what did not come."""
@@ -173,6 +178,7 @@ class Extents:
         before = self.blocks
         self.lengths, self.owned = (np.ascontiguousarray(held[:, list(index)]) for held in (self.lengths, self.owned))
         self.table = np.ascontiguousarray(self.table[:, list(index)])
+        self.ready = np.zeros(len(index), dtype=np.int64)
         self._keep(self._needed(self.lengths))  # what waits to be written cannot be shared
         self.pool.share(self.blocks)
         self.pool.release(before)
@@ -186,6 +192,7 @@ class Extents:
     def fork(self) -> Extents:
         """Extents of the same slots that go their own way: blocks are shared until one of the two writes to them."""
         other = Extents(self.pool, *self.lengths.shape)
+        self.ready[:] = 0  # because the last block is now shared
         other.lengths, other.table = self.lengths.copy(), self.table.copy()
         other._keep(self._needed(self.lengths))
         self.pool.share(other.blocks)
@@ -203,14 +210,15 @@ class Extents:
             self.drop()
 
     def upload(self) -> None:
-        """Say on the device what the host knows."""
+        """Say on the device what the host knows, and let the next step see to its room again."""
+        self.ready[:] = 0
         device, size = self.pool.keys.device, self.pool.block_size
         self.device_lengths = torch.from_numpy(self.lengths.copy()).to(device)
         self.device_table = torch.from_numpy(self.table.copy()).to(device)
         mark_dynamic(self.device_lengths, 1)
         mark_dynamic(self.device_table, 1, 3)
         # Of all blocks owned: the list stays right while slots fill them.
-        work = work_list(torch.from_numpy(self.owned * size), torch.from_numpy(self.table), size, CHUNK)
+        work = work_list(self.owned * size, self.table, size, CHUNK)
         self.work = WorkList(*(part.to(device) for part in work))
         for part in self.work[:3]:
             mark_dynamic(part, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -98,7 +99,12 @@ def clone(model: transformers.PreTrainedModel, mixin: type) -> Any:
 
 def forward_signature(model: nn.Module) -> inspect.Signature:
     """Parameters of the model's own forward, without `self`."""
-    signature = inspect.signature(type(model).forward)
+    return _signature(type(model).forward)
+
+
+@functools.lru_cache(maxsize=64)  # every step asks, and reading one takes longer than the rest of what it does before the graph
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,12 +28,12 @@ class WorkList(NamedTuple):
 NOWHERE = 2**30  # where chunks of nothing begin: behind the end of every extent
 
 
-def work_list(lengths: Tensor, table: Tensor, block: int, chunk: int) -> WorkList:
+def work_list(lengths: np.ndarray, table: np.ndarray, block: int, chunk: int) -> WorkList:
     """Cut extents into chunks.
 
     Args:
-        lengths: slots that each extent holds, `[L, B, Hkv]` int64, on the host.
-        table: blocks of each extent, in order, `[L, B, Hkv, m]` int32, on the host; 0 behind them.
+        lengths: slots that each extent holds, `[L, B, Hkv]`.
+        table: blocks of each extent, in order, `[L, B, Hkv, m]`; 0 behind them.
         block: slots of a block.
         chunk: slots of a chunk, a multiple of `block`; the last one of an extent may hold fewer.
 
@@ -41,23 +42,23 @@ def work_list(lengths: Tensor, table: Tensor, block: int, chunk: int) -> WorkLis
         one for a constant. The list stays right until some extent needs another chunk or has another block.
     """
     layers, batch, heads = lengths.shape
-    needs = (-(lengths // -chunk)).view(layers, -1)
-    width, depth = (max(2, int(most)) for most in (needs.sum(1).amax(), needs.amax()))
-    extent = torch.arange(needs.numel()).repeat_interleave(needs.flatten())  # of each chunk of all layers, in order
+    needs = -(lengths // -chunk).reshape(layers, -1)
+    width, depth = (max(2, int(most)) for most in (needs.sum(1).max(), needs.max()))
+    extent = np.repeat(np.arange(needs.size), needs.flatten())  # of each chunk of all layers, in order
     layer = extent // needs.shape[1]
-    number = torch.arange(len(extent))
-    within = number - (needs.flatten().cumsum(0) - needs.flatten())[extent]  # its place among the chunks of its extent
-    place = number - (needs.sum(1).cumsum(0) - needs.sum(1))[layer]  # and among those of its layer
-    owner = torch.zeros(layers, width, dtype=torch.int32)
-    first = torch.full((layers, width), NOWHERE, dtype=torch.int32)
-    merge = torch.full((layers * batch * heads, depth), -1, dtype=torch.int32)
+    number = np.arange(len(extent))
+    within = number - (needs.cumsum() - needs.flatten())[extent]  # its place among the chunks of its extent
+    place = number - (needs.sum(1).cumsum() - needs.sum(1))[layer]  # and among those of its layer
+    owner = np.zeros((layers, width), dtype=np.int32)
+    first = np.full((layers, width), NOWHERE, dtype=np.int32)
+    merge = np.full((layers * batch * heads, depth), -1, dtype=np.int32)
     each = chunk // block
-    padded = torch.zeros(len(merge), depth * each, dtype=torch.int32)  # the table, cut where chunks end
+    padded = np.zeros((len(merge), depth * each), dtype=np.int32)  # the table, cut where chunks end
     columns = min(table.shape[3], depth * each)
-    padded[:, :columns] = table.flatten(0, 2)[:, :columns]
-    blocks = torch.zeros(layers, width, each, dtype=torch.int32)
-    blocks[layer, place] = padded.view(-1, depth, each)[extent, within]
-    owner[layer, place] = (extent % needs.shape[1]).int()
-    first[layer, place] = (within * chunk).int()
-    merge[extent, within] = place.int()
-    return WorkList(owner, first, blocks, merge.view(layers, batch, heads, depth))
+    padded[:, :columns] = table.reshape(len(merge), -1)[:, :columns]
+    blocks = np.zeros((layers, width, each), dtype=np.int32)
+    blocks[layer, place] = padded.reshape(-1, depth, each)[extent, within]
+    owner[layer, place] = extent % needs.shape[1]
+    first[layer, place] = within * chunk
+    merge[extent, within] = place
+    return WorkList(*map(torch.from_numpy, (owner, first, blocks, merge.reshape(layers, batch, heads, depth))))

@@ -94,7 +94,7 @@ def given_of(case: Case, lengths: Tensor | None = None) -> Given:
                 block, place = mine[slot // case.block], slot % case.block
                 keys[block, place], values[block, place], positions[block, place] = (x[slot] for x in held)
     query, key, value = (normal(rows, many_heads, case.new, dim) for many_heads in (heads * case.group, heads, heads))
-    work = [part[0] for part in work_list(lengths[None], table[None], case.block, CHUNK)]
+    work = [part[0] for part in work_list(lengths[None].numpy(), table[None].numpy(), case.block, CHUNK)]
     sinks = normal(heads * case.group) if case.with_sinks else None
     places = keys, values, positions, table, lengths, *work, case.text - seen
     return Given([query, key, value, mask_of(case, generator), *places, CHUNK, None, case.softcap, sinks], kept)
@@ -190,7 +190,7 @@ def test_a_work_list_covers_every_slot_once_and_in_order(seed, layers, rows, hea
     table = torch.randint(1, 1000, (layers, rows, heads, -(-200 // block)), generator=generator).int()
     table = table.where(torch.arange(table.shape[3]) < -(lengths // -block)[..., None], 0)
     chunk = block * blocks
-    work = work_list(lengths, table, block, chunk)
+    work = work_list(lengths.numpy(), table.numpy(), block, chunk)
     assert {part.dtype for part in work} == {torch.int32}
     assert min(work.owner.shape[1], work.merge.shape[3]) >= 2
     for layer in range(layers):

@@ -200,7 +200,6 @@ class Checks:
             logits.append(model(tokens[:, index : index + 1], past_key_values=work).logits)
         family.check_logits(cache, 0, LENGTH, tokens, torch.cat(logits, 1))
 
-
     @pytest.mark.slow
     def test_heads_that_hold_unequally_many_slots_decode_as_the_reference(self, family):
         model, short = family.compiled("-knorm | budget=heads(0.4)"), torch.zeros(1, LENGTH - SHORT, dtype=torch.long)
