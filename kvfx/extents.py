@@ -25,7 +25,8 @@ class Extents:
         pool: the blocks.
         lengths: slots of each extent, `[L, B, Hkv]` int64.
         owned: blocks of each extent, `[L, B, Hkv]`: as many as its length needs, and some that wait for what comes.
-        ready: tokens of each row for which all that `make_room` does is done, `[B]`.
+        ready: tokens of each row for which all that `make_room` does is done, `[B]`. A fork does not end that: whoever had room
+            first writes on behind what the others hold of a block, and they part from it when they grow.
         table: these blocks in order, `[L, B, Hkv, m]` int32; behind them `pool.NOBODY`.
         device_lengths: `lengths` for graphs, which count them on.
         device_table: `table` for graphs.
@@ -192,7 +193,6 @@ class Extents:
     def fork(self) -> Extents:
         """Extents of the same slots that go their own way: blocks are shared until one of the two writes to them."""
         other = Extents(self.pool, *self.lengths.shape)
-        self.ready[:] = 0  # because the last block is now shared
         other.lengths, other.table = self.lengths.copy(), self.table.copy()
         other._keep(self._needed(self.lengths))
         self.pool.share(other.blocks)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -288,7 +290,5 @@ def _refused(name: str, stranded: LayersFail) -> SiteRefused:
 def packed(tensor: Tensor) -> Tensor:
     """`tensor` with the strides of a fresh one: a slice of a longer row would be a new graph."""
     tensor = tensor.detach()  # nothing here has a gradient
-    if tensor.is_contiguous() and tensor.numel() > 1 and min(tensor.shape) > 1:
-        return tensor  # what follows is for axes of length 1, whose stride may be anything
-    fresh = torch.empty(tensor.shape, device="meta").stride()
+    fresh = tuple(itertools.accumulate(tensor.shape[:0:-1], operator.mul, initial=1))[::-1]
     return tensor if tensor.stride() == fresh else tensor.clone(memory_format=torch.contiguous_format)

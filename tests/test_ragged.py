@@ -6,19 +6,13 @@ import functools
 import gc
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor
 
 import kvfx
 from decoding import GREEDY, fresh_llama, prefill, tokens
-from kvfx.extents import Extents
 from kvfx.passes.capture import pytree
-from kvfx.pool import Pool
 from test_windows import mixed
 
 HEADS = "-knorm | budget=heads(0.5)"
@@ -262,123 +256,3 @@ def test_the_graphs_of_a_prompt_and_of_a_step_serve_all_lengths():
     built = {key.phase: len(reports) for key, reports in model._kvfx.engine.reports.items()}
     assert built["prefill"] <= 2
     assert built["decode"] <= 2
-
-
-# -- blocks ------------------------------------------------------------------------------------------------------------------------
-
-
-class Blocks(RuleBasedStateMachine):
-    """Extents of a small pool against lists of what each shall hold; the pool's positions stand for keys and values."""
-
-    @initialize(lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8))
-    def fill(self, lengths: list[int]) -> None:
-        self.pool, self.next = Pool(torch.zeros(1, 1), torch.zeros(1, 1), block_size=4), 0
-        extents = Extents(self.pool, 2, 2, 2)
-        extents.fill(np.array(lengths).reshape(2, 2, 2))
-        held = [[[list(self.draw(int(n))) for n in row] for row in layer] for layer in extents.lengths]
-        self.all = [(extents, held)]
-        self.write(extents, held)
-
-    def draw(self, count: int) -> range:
-        self.next += count
-        return range(self.next - count, self.next)
-
-    def write(self, extents: Extents, held: Any) -> None:
-        """As a graph does, only behind what was there."""
-        for layer in range(2):
-            flat = torch.tensor([token for row in held[layer] for head in row for token in head], dtype=torch.int32)
-            slots = torch.from_numpy(extents.slots(layer))
-            fresh = (
-                torch.tensor([i in self.new for i in flat.tolist()], dtype=torch.bool)
-                if hasattr(self, "new")
-                else torch.ones(len(flat)).bool()
-            )
-            self.pool.positions.view(-1)[slots[fresh]] = flat[fresh]
-
-    @rule(which=st.integers(0, 3), new=st.tuples(st.integers(0, 6), st.integers(0, 6)))
-    def append(self, which: int, new: tuple[int, int]) -> None:
-        extents, held = self.all[which % len(self.all)]
-        extents.make_room(new)
-        self.new = set()
-        for layer in held:
-            for row, count in zip(layer, new, strict=True):
-                for head in row:
-                    fresh = self.draw(count)
-                    head.extend(fresh)
-                    self.new |= set(fresh)
-        extents.grow(new)
-        self.write(extents, held)
-
-    @rule(which=st.integers(0, 3), kept=st.tuples(st.integers(0, 5), st.integers(0, 5)), share=st.integers(0, 10))
-    def compress(self, which: int, kept: tuple[int, int], share: int) -> None:
-        extents, held = self.all[which % len(self.all)]
-        reserved = extents.reserve(kept)
-        counts = np.array([[[min(share, 2 * n), 2 * n - min(share, 2 * n)] for n in kept]] * 2)
-        self.new = set()
-        for layer, numbers in zip(held, counts, strict=True):
-            for row, pair in zip(layer, numbers, strict=True):
-                for head, count in zip(row, pair, strict=True):
-                    fresh = self.draw(int(count))
-                    head.extend(fresh)
-                    self.new |= set(fresh)
-        extents.adopt(counts, reserved)
-        self.write(extents, held)
-
-    @rule(which=st.integers(0, 3))
-    def give_up(self, which: int) -> None:
-        extents, _ = self.all[which % len(self.all)]
-        reserved = extents.reserve((3, 4))
-        extents.pool.release(reserved.flatten())
-        extents.make_room((5, 2))
-        extents.undo()
-
-    @rule(which=st.integers(0, 3))
-    def fork(self, which: int) -> None:
-        extents, held = self.all[which % len(self.all)]
-        if len(self.all) < 4:
-            self.all.append((extents.fork(), [[[list(head) for head in row] for row in layer] for layer in held]))
-
-    @rule(which=st.integers(0, 3), index=st.tuples(st.integers(0, 1), st.integers(0, 1)))
-    def choose_rows(self, which: int, index: tuple[int, int]) -> None:
-        extents, held = self.all[which % len(self.all)]
-        extents.rows(index)
-        for layer in held:
-            layer[:] = [[list(head) for head in layer[row]] for row in index]
-
-    @rule(which=st.integers(0, 3), tokens=st.integers(0, 3))
-    def cut(self, which: int, tokens: int) -> None:
-        extents, held = self.all[which % len(self.all)]
-        tokens = min(tokens, int(extents.lengths.min()))
-        extents.cut(tokens)
-        for head in (head for layer in held for row in layer for head in row):
-            del head[len(head) - tokens :]
-
-    @rule(which=st.integers(0, 3))
-    def drop(self, which: int) -> None:
-        if len(self.all) > 1:
-            self.all.pop(which % len(self.all))
-
-    @invariant()
-    def extents_hold_what_they_shall(self) -> None:
-        owners = np.zeros(self.pool.blocks + 1, dtype=int)
-        for extents, held in self.all:
-            for layer in range(2):
-                flat = [token for row in held[layer] for head in row for token in head]
-                assert self.pool.positions.view(-1)[torch.from_numpy(extents.slots(layer))].tolist() == flat
-            assert torch.equal(extents.device_lengths, torch.from_numpy(extents.lengths)) or hasattr(self, "new")
-            assert (extents.blocks > 0).all()
-            np.add.at(owners, extents.blocks, 1)
-        assert (owners[1:] == self.pool.owners(np.arange(1, self.pool.blocks + 1))).all()
-
-
-TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
-
-
-def test_consecutive_blocks_are_preferred():
-    pool = Pool(torch.zeros(1, 1), torch.zeros(1, 1))
-    taken = pool.take(10)
-    pool.release(taken[[1, 4, 5, 6]])
-    assert pool.take(3).tolist() == taken[[4, 5, 6]].tolist()
-    assert pool.take(1).tolist() == [taken[1]]
-    assert pool.free == 0
