@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,9 +12,22 @@ import torch
 import kvfx
 import reference
 from kvfx.budget import Budget
+from kvfx.kernels.leverage import draw_sketch
 from kvfx.params import Word
 from kvfx.policy import Policy
-from presets_by_definition import DEFINITIONS, PRESSES, pyramid_press, quota
+from kvfx.ragged_layer import RaggedLayer
+from presets_by_definition import (
+    DEFINITIONS,
+    HEADS,
+    HEADS_PRESSES,
+    PRESSES,
+    Heads,
+    among_heads,
+    compactor_engine,
+    heads_press,
+    pyramid_press,
+    quota,
+)
 from test_equivalence import decoder, padded, row_taps
 
 KEEP = {"0.25": 0.25, "0.5": 0.5, "0.8": 0.8}
@@ -30,17 +44,18 @@ def assert_kept(score: torch.Tensor, count: int, positions: torch.Tensor) -> Non
 
 
 MODEL = decoder("qwen3", 2, 3, 16, seed=3)  # one for all tests, whose lengths and keeps then share their graphs
+LLAMA = decoder("llama", 3, 2, 16, seed=3)  # the same, where heads compete
 
 
 @functools.cache
-def captured(*lengths: int):
+def captured(*lengths: int, model=MODEL):
     """Ids, their mask, and what each layer's attention reads."""
     ids, mask = padded(list(lengths), 3)
-    return ids, mask, reference.capture(MODEL, ids, mask)[0]
+    return ids, mask, reference.capture(model, ids, mask)[0]
 
 
-def compress(policy: str, ids: torch.Tensor, mask: torch.Tensor | None = None) -> kvfx.Cache:
-    return kvfx.compile(MODEL, policy, backend="eager", on_refuse="error").compress(ids, mask)
+def compress(policy: str, ids: torch.Tensor, mask: torch.Tensor | None = None, model=MODEL) -> kvfx.Cache:
+    return kvfx.compile(model, policy, backend="eager", on_refuse="error").compress(ids, mask)
 
 
 @pytest.mark.parametrize("keep", KEEP)
@@ -108,6 +123,46 @@ def test_kvpress_presets_follow_its_rules(preset, keep, length):
                 continue  # fewer than the window holds: a tie there
             count = int(score[0].sum())
         assert_kept(score, count, cache.layers[layer].positions[0])
+
+
+def assert_heads_keep(expected: list[list[int]], layer: RaggedLayer, row: int) -> None:
+    """Exactly these tokens of each head: among random scores are no ties, and none as close as rounding."""
+    assert [[p for p in head if p >= 0] for head in layer.positions[row].tolist()] == expected
+    assert layer.lengths[row].tolist() == [len(head) for head in expected]
+
+
+@pytest.mark.parametrize("preset", [*HEADS, "compactor@engine"])
+@pytest.mark.parametrize("lengths", [[200, 120, 7], [333]], ids=str)
+def test_heads_compete_as_their_presets_are_defined_to(preset, lengths):
+    ids, mask, taps = captured(*lengths, model=LLAMA)
+    for keep in KEEP:
+        cache, differ = compress(f"{preset}:{keep}", ids, mask, LLAMA), False
+        for index, layer in enumerate(cache.layers):
+            sketch = draw_sketch(42, index, 3, 16, 48)
+            engine = Heads(functools.partial(compactor_engine, sketch=sketch), None, 16, 64)
+            first, then, sinks, recent, floor, share = HEADS.get(preset, engine)
+            for row, length in enumerate(lengths):
+                one = row_taps(taps[index], row, length)
+                scores = [None if score is None else reference.protected(score(one), sinks, recent) for score in (first, then)]
+                expected = among_heads(*scores, reference.count_kept(length, keep, sinks + recent), floor, share)
+                assert_heads_keep(expected, layer, row)
+                differ |= len({len(head) for head in expected}) > 1
+        assert differ or keep == "0.25"  # where the protected tokens may be all that there is room for
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("preset", HEADS_PRESSES)
+@pytest.mark.parametrize("length", [65, 200, 333])
+def test_heads_compete_as_in_kvpress(preset, keep, length):
+    ids, _, taps = captured(length, model=LLAMA)
+    cache, count = compress(f"{preset}:{keep}", ids, model=LLAMA), int(length * KEEP[keep])
+    for layer, one in zip(cache.layers, taps, strict=True):
+        first, then = (None if score is None else score(one) for score in HEADS_PRESSES[preset])
+        if count < 64:  # a tie in the window, which kvpress leaves open
+            expected = among_heads(first, then, count, Fraction(1, 5), Fraction(1, 2))
+        else:
+            expected = heads_press(first, then, KEEP[keep])
+        assert_heads_keep(expected, layer, 0)
 
 
 @pytest.mark.parametrize("beta", [1, 2, 20])
