@@ -89,7 +89,7 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
         model: what `compile` returned, or with `policy` any model that `compile` takes; its weights may be on the meta device.
         inputs: token ids, or a mapping with `input_ids`, to trace; of a decoder that is not of transformers its first argument, or
             a tuple or mapping of arguments. The default is a short prompt that is made up. Only their shapes matter: nothing is
-            run and nothing is kept.
+            run, but one token where heads compete, and nothing is kept.
         policy: what to keep; the default is the policy of a compiled model.
 
     Returns:

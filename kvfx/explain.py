@@ -84,7 +84,14 @@ class Explanation:
         if budget.keep is None:
             return f"{count} tokens"
         share = f"{count / LONG:.3g}" if len(set(counts)) > 1 else write_number(budget.keep)
+        if budget.most is not None:
+            return f"{share} of S, at most {budget.most}"
         return f"{share} of each {budget.per.arg}" if budget.per.arg else f"{share} of S"
+
+    @property
+    def layout(self) -> str:
+        """Of the caches that `compress` and `generate` make by themselves: "ragged" where heads compete, else "dense"."""
+        return "ragged" if self.policy.budget is not None and self.policy.budget.pool == "heads" else "dense"
 
     def competition(self) -> str:
         """Who competes for what is kept, and what each is sure of; nothing where nobody does."""
@@ -92,8 +99,11 @@ class Explanation:
         if budget is None or budget.pool == "uniform" or not self.report.compressed:
             return ""
         floor = [f"{write_number(budget.floor)} of that"] if budget.floor else []
-        sure = " and of ".join([*floor, *([f"{budget.sure} slots"] if budget.sure else [])]) or "nothing but protected tokens"
+        least = [f"{budget.sure} slot{'s' * (budget.sure > 1)}"] if budget.sure else []
+        sure = " and of ".join([*floor, *least]) or "nothing but protected tokens"
         text = f"What a row keeps is the mean: the {budget.pool} compete, and each is sure of {sure}."
+        if budget.pool == "heads":
+            text += f" Slots are in blocks of a pool, layout {self.layout}, of which each head has as many as it needs."
         if budget.pool == "layers":
             text += " The cut follows after the last layer has been scored, so at its peak a prefill holds the whole cache."
         return text
@@ -105,6 +115,7 @@ class Explanation:
             "policy": str(self.policy),
             "name": self.policy.name,
             "remark": self.remark,
+            "layout": self.layout,
             "competition": self.competition(),
             "coverage": self.coverage,
             "layers": self.layers,

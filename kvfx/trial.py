@@ -11,11 +11,12 @@ import transformers
 from torch import Tensor, fx, nn
 
 from kvfx import passes
-from kvfx.engine import Engine, StepKey
+from kvfx.engine import STORE_ALL, Engine, StepKey
 from kvfx.errors import InputError, KvfxError, UnsupportedModel
 from kvfx.passes import capture
 from kvfx.passes.report import Report
 from kvfx.policy import Policy
+from kvfx.runner import Runner
 
 LENGTH = 32  # tokens of a prompt that is made up; lengths are symbols in the trace, so any would do that is not special
 # What is said of a model made by `outline`.
@@ -31,10 +32,20 @@ class _Trial(Engine):
 
     def _rewrite(self, key: StepKey) -> Callable[[fx.GraphModule], None]:
         def rewrite(module: fx.GraphModule) -> None:
-            self.reports.setdefault(key, []).append(passes.run(module, key.plan))
+            report = passes.run(module, key.plan)  # which may fail, and then another step is tried
+            self.reports.setdefault(key, []).append(report)
             raise _Traced
 
         return rewrite
+
+    def slots_like(self, model: Any) -> list[tuple[Tensor, Tensor]]:
+        """As of any engine. Without weights a model may fail that can be traced none the less: experts are other ops in a trace."""
+        try:
+            return super().slots_like(model)
+        except RuntimeError:
+            runner = Runner(model, Policy.parse("none"), STORE_ALL, Engine(self.name, "eager"), "warn")
+            cache = runner.forward({"input_ids": torch.zeros(1, 1, dtype=torch.long, device=model.device)}).past_key_values
+            return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def trace(name: str, prefill: Callable[[Engine], object]) -> Report:

@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 
 import kvfx
 import reference
+import zoo
 from kvfx.explain import Explanation
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.report import Refusal, Report, Site
@@ -91,7 +92,7 @@ def test_an_explanation_is_a_table_and_json():
     assert json.loads(json.dumps(data)) == {**data, "sites": sites}
     assert all("sdpa_attention.py" in site["where"] for site in data["sites"])
     assert data["policy"] == str(compiled._kvfx.policy)
-    assert data["coverage"] == 1.0
+    assert (data["coverage"], data["layout"], data["competition"]) == (1.0, "dense", "")
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,50 @@ def printed(explanation: Explanation, width: int) -> str:
     console = Console(width=width, file=io.StringIO())
     console.print(explanation)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "layout", "kept", "said"),
+    [
+        ("llama", "adakv@kvpress:0.25", "ragged", "0.25 of S", "each is sure of 0.2 of that and of 1 slot. Slots are in"),
+        (
+            "mixtral",
+            "knorm | budget=heads(tokens=20)",
+            "ragged",
+            "20 tokens",
+            "the heads compete, and each is sure of nothing",
+        ),
+        (
+            "llama",
+            "knorm | budget=layers(0.5, max=99)",
+            "dense",
+            "0.5 of S, at most 99",
+            "each is sure of 2 slots. The cut",
+        ),
+    ],
+)
+def test_heads_and_layers_that_compete_are_explained_without_weights(family, policy, layout, kept, said):
+    explanation = kvfx.explain(zoo.make(zoo.ROWS[family]).to("meta"), policy=policy)  # where mixtral cannot run
+    data, text = explanation.as_dict(), " ".join(str(explanation).split())
+    assert explanation.is_complete
+    assert (data["layout"], {site["budget"] for site in data["sites"]}) == (layout, {kept})
+    assert said in data["competition"]
+    assert data["competition"] in text
+    assert ("layout ragged" in text) == (layout == "ragged")
+    assert all(site["score"] for site in data["sites"])
+
+
+@pytest.mark.parametrize("pool", ["heads", "layers"])
+def test_what_is_not_understood_takes_no_part_in_a_competition(half_understood, pool):
+    explanation = kvfx.explain(half_understood, policy=f"knorm | budget={pool}(0.5)")
+    assert (explanation.coverage, explanation.layers) == (0.5, 2)
+    assert [site["budget"] for site in explanation.as_dict()["sites"]] == ["0.5 of S"]
+    half_understood.set_attn_implementation("no_rule_knows")
+    explanation = kvfx.explain(half_understood, policy=f"knorm | budget={pool}(0.5)")
+    assert (explanation.coverage, explanation.layers, explanation.competition()) == (0.0, 2, "")
+    half_understood.set_attn_implementation("of_wrong_shape")
+    with pytest.raises(kvfx.UnsupportedModel, match="LlamaForCausalLM cannot be traced"):
+        kvfx.explain(half_understood, policy=f"knorm | budget={pool}(0.5)")
 
 
 def report(layers: int, **differing: list) -> Report:
