@@ -19,7 +19,8 @@ class Extents:
     """An extent is the run of slots of one layer, row and KV head; as long as that head has tokens, and spread over blocks.
 
     The host knows all lengths without asking the device: it is told those that eviction chose, and every other step adds as many to
-    all heads of a row.
+    all heads of a row. What the host knows is what holds: tensors that no longer say so are dropped, and made again when they are
+    asked for, so that nothing is half changed where a device is out of memory.
 
     Attributes:
         pool: the blocks.
@@ -28,9 +29,6 @@ class Extents:
         ready: tokens of each row for which all that `make_room` does is done, `[B]`. A fork does not end that: whoever had room
             first writes on behind what the others hold of a block, and they part from it when they grow.
         table: these blocks in order, `[L, B, Hkv, m]` int32; behind them `pool.NOBODY`.
-        device_lengths: `lengths` for graphs, which count them on.
-        device_table: `table` for graphs.
-        work: how attention splits its work, see `kvfx.work_list`.
     """
 
     def __init__(self, pool: Pool, layers: int, rows: int, heads: int) -> None:
@@ -39,10 +37,8 @@ class Extents:
         self.owned: np.ndarray = np.zeros_like(self.lengths)
         self.ready: np.ndarray = np.zeros(rows, dtype=np.int64)
         self.table: np.ndarray = np.zeros((layers, rows, heads, 2), dtype=np.int32)
-        self.device_lengths: Tensor
-        self.device_table: Tensor
-        self.work: WorkList
-        self.upload()
+        self._device: tuple[Tensor, Tensor] | None = None
+        self._work: WorkList | None = None
 
     # -- what is held ----------------------------------------------------------------------------------------------------------
 
@@ -87,10 +83,7 @@ class Extents:
         ahead = np.maximum(wanted, np.where(more > 0, self._needed(self.lengths + more + self.pool.block_size - 1), 0))
         if self.pool.allows(int((ahead - self.owned).sum()) + len(shared[0])):
             wanted = ahead
-        taken = self.pool.take(int((wanted - self.owned).sum()) + len(shared[0]))
-        self._part_tails(shared, taken[: len(shared[0])])
-        self._own(wanted, taken[len(shared[0]) :])
-        self.upload()
+        self._own(wanted, self._take(int((wanted - self.owned).sum()), shared))
         room = (self.owned * self.pool.block_size - self.lengths).min((0, 2))
         self.ready = np.where(np.asarray(new) > 0, room, 0)  # the tail of a row that did not ask may still be shared
 
@@ -103,7 +96,6 @@ class Extents:
         needed = self._needed(lengths)
         self._own(needed, self.pool.take(int(needed.sum())))
         self.lengths = lengths.astype(np.int64)
-        self.upload()
 
     def reserve(self, kept: Sequence[int]) -> np.ndarray:
         """Own blocks enough for each layer to keep `kept[b]` more slots for every head of row b, whichever heads get them.
@@ -118,12 +110,7 @@ class Extents:
         layers, _, heads = self.lengths.shape
         spare = self.pool.block_size - 1
         most = max(2, sum((count * heads + spare * heads) // self.pool.block_size for count in kept))
-        shared = self._shared_tails(np.ones_like(self.lengths, dtype=bool))
-        taken = self.pool.take(layers * most + len(shared[0]))
-        if len(shared[0]):
-            self._part_tails(shared, taken[: len(shared[0])])
-            self.upload()
-        return taken[len(shared[0]) :].reshape(layers, most)
+        return self._take(layers * most, self._shared_tails(np.ones_like(self.lengths, dtype=bool))).reshape(layers, most)
 
     def adopt(self, new: np.ndarray, reserved: np.ndarray) -> None:
         """Let extents grow by `new`, `[L, B, Hkv]`, into reserved blocks, as `kernels.place` does; give the others back."""
@@ -132,23 +119,23 @@ class Extents:
         self._own(wanted, reserved[used])
         self.pool.release(reserved[~used])
         self.lengths = self.lengths + new
-        self.upload()
 
     def grow(self, new: Sequence[int]) -> None:
         """Note that a graph has filled `new[b]` more slots in all extents of row b, and counted them."""
         self.lengths += np.asarray(new)[None, :, None]
         self.ready -= new
 
-    def undo(self) -> None:
-        """Give back the room that was made for what did not come."""
+    def undo(self, lengths: np.ndarray | None = None) -> None:
+        """Give back the room that was made for what did not come; with `lengths`, be no longer than that."""
+        self.lengths = self.lengths if lengths is None else lengths
         needed = self._needed(self.lengths)
         self.pool.release(self.table[self._first(self.owned) & ~self._first(needed)])
         self._keep(needed)
-        self.upload()
 
     def _keep(self, blocks: np.ndarray) -> None:
         self.table[~self._first(blocks)] = NOBODY
         self.owned = blocks
+        self._changed()
 
     def _own(self, wanted: np.ndarray, taken: np.ndarray) -> None:
         """Let extents own `wanted` blocks, more than they do; `taken` are those that come."""
@@ -157,6 +144,12 @@ class Extents:
             self.table = np.pad(self.table, ((0, 0), (0, 0), (0, 0), (0, missing + 1)))
         self.table[self._first(wanted) & ~self._first(self.owned)] = taken
         self.owned = wanted
+        self._changed()
+
+    def _changed(self) -> None:
+        """Let tensors be made again, and the next step see to its room."""
+        self._device = self._work = None
+        self.ready[:] = 0
 
     def _shared_tails(self, grows: np.ndarray) -> tuple[np.ndarray, ...]:
         """The extents that grow into a block which others hold too, and its index."""
@@ -166,11 +159,23 @@ class Extents:
         where = np.nonzero(partly)
         return (*where, last[where])
 
-    def _part_tails(self, shared: tuple[np.ndarray, ...], copies: np.ndarray) -> None:
-        """Have copies of one's own of blocks that are shared; who is the last to share one may be left with it alone."""
-        self.pool.copy_blocks(self.table[shared], copies)
-        self.pool.release(self.table[shared])
+    def _take(self, count: int, shared: tuple[np.ndarray, ...]) -> np.ndarray:
+        """Own `count` more blocks, and in place of those that are shared copies of one's own.
+
+        Raises:
+            PoolExhausted: there are not so many. Nothing has changed.
+        """
+        taken = self.pool.take(count + len(shared[0]))
+        copies, others = np.split(taken, [len(shared[0])])
+        try:
+            self.pool.copy_blocks(self.table[shared], copies)
+        except BaseException:
+            self.pool.release(taken)
+            raise
+        self.pool.release(self.table[shared])  # who is the last to share one may be left with it alone
         self.table[shared] = copies
+        self._changed()
+        return others
 
     # -- edits -----------------------------------------------------------------------------------------------------------------
 
@@ -183,12 +188,10 @@ class Extents:
         self._keep(self._needed(self.lengths))  # what waits to be written cannot be shared
         self.pool.share(self.blocks)
         self.pool.release(before)
-        self.upload()
 
     def cut(self, tokens: int) -> None:
         """Forget the last `tokens` slots of every extent."""
-        self.lengths = self.lengths - tokens
-        self.undo()
+        self.undo(self.lengths - tokens)
 
     def fork(self) -> Extents:
         """Extents of the same slots that go their own way: blocks are shared until one of the two writes to them."""
@@ -196,30 +199,46 @@ class Extents:
         other.lengths, other.table = self.lengths.copy(), self.table.copy()
         other._keep(self._needed(self.lengths))
         self.pool.share(other.blocks)
-        other.upload()
         return other
 
     def drop(self) -> None:
         """Own nothing any more."""
-        blocks, self.lengths, self.owned = self.blocks, np.zeros_like(self.lengths), np.zeros_like(self.lengths)
-        self.table[:] = NOBODY
-        self.pool.release(blocks)
+        self.undo(np.zeros_like(self.lengths))
 
     def __del__(self) -> None:
         if hasattr(self, "table"):
             self.drop()
 
-    def upload(self) -> None:
-        """Say on the device what the host knows, and let the next step see to its room again."""
-        self.ready[:] = 0
-        device, size = self.pool.keys.device, self.pool.block_size
-        self.device_lengths = torch.from_numpy(self.lengths.copy()).to(device)
-        self.device_table = torch.from_numpy(self.table.copy()).to(device)
-        mark_dynamic(self.device_lengths, 1)
-        mark_dynamic(self.device_table, 1, 3)
-        # Of all blocks owned: the list stays right while slots fill them.
-        work = work_list(self.owned * size, self.table, size, CHUNK)
-        self.work = WorkList(*(part.to(device) for part in work))
-        for part in self.work[:3]:
-            mark_dynamic(part, 1)
-        mark_dynamic(self.work.merge, 1, 3)
+    # -- for graphs ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def device_lengths(self) -> Tensor:
+        """`lengths` for graphs, which count them on."""
+        return self._uploaded()[0]
+
+    @property
+    def device_table(self) -> Tensor:
+        """`table` for graphs."""
+        return self._uploaded()[1]
+
+    @property
+    def work(self) -> WorkList:
+        """How attention splits its work, see `kvfx.work_list`; of all blocks owned, so it stays right while they fill."""
+        if self._work is None:
+            size = self.pool.block_size
+            work = work_list(self.owned * size, self.table, size, CHUNK)
+            work = WorkList(*(part.to(self.pool.keys.device) for part in work))
+            for part in work[:3]:
+                mark_dynamic(part, 1)
+            mark_dynamic(work.merge, 1, 3)
+            self._work = work
+        return self._work
+
+    def _uploaded(self) -> tuple[Tensor, Tensor]:
+        """Say on the device what the host knows."""
+        if self._device is None:
+            lengths, table = (torch.from_numpy(held.copy()).to(self.pool.keys.device) for held in (self.lengths, self.table))
+            mark_dynamic(lengths, 1)
+            mark_dynamic(table, 1, 3)
+            self._device = lengths, table
+        return self._device

@@ -23,7 +23,8 @@ class Room:
     """Room in a pool for the new tokens of a step, given back if it is not used.
 
     Attributes:
-        fresh: of each of the cache's extents, blocks for what a step keeps; empty if it keeps all.
+        before: lengths of each of the cache's extents.
+        fresh: of each, blocks for what a step keeps, until they are theirs; empty if it keeps all.
     """
 
     def __init__(self, cache: RaggedCache, lengths: Sequence[int], budget: Quota) -> None:
@@ -33,6 +34,7 @@ class Room:
             PoolExhausted: there is none. Nothing has changed.
         """
         self.extents, self.fresh = cache.extents, list[np.ndarray]()
+        self.before = [extents.lengths.copy() for extents in cache.extents]
         try:
             for extents in cache.extents:
                 if budget.sizes is None:
@@ -44,11 +46,11 @@ class Room:
             raise
 
     def give_back(self) -> None:
-        """Undo it."""
+        """Undo it, and what extents have taken over."""
         for extents, fresh in zip(self.extents, self.fresh, strict=False):
             extents.pool.release(fresh.flatten())
-        for extents in self.extents:
-            extents.undo()
+        for extents, lengths in zip(self.extents, self.before, strict=True):
+            extents.undo(lengths)
 
     def blocks(self) -> list[Blocks]:
         """What the graph reads and writes."""
@@ -65,9 +67,9 @@ class Room:
                 extents.grow(lengths)
             return
         kept = [[slots.kept[index] for index in _members(slots.where, group)] for group in range(len(self.extents))]
-        for extents, fresh, counts in zip(self.extents, self.fresh, kept, strict=True):
-            extents.adopt(torch.stack(counts).cpu().numpy(), fresh)
-        self.fresh = []
+        for group, (extents, counts) in enumerate(zip(self.extents, kept, strict=True)):
+            extents.adopt(torch.stack(counts).cpu().numpy(), self.fresh[group])
+            self.fresh[group] = self.fresh[group][:, :0]
 
 
 def _uploaded(blocks: np.ndarray, extents: Extents) -> Tensor:
