@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kvfx
 from decoding import GREEDY, fresh_llama, prefill, tokens
+from kvfx.engine import engine_of
 from kvfx.passes.capture import pytree
 from test_windows import mixed
 
@@ -256,3 +257,29 @@ def test_the_graphs_of_a_prompt_and_of_a_step_serve_all_lengths():
     built = {key.phase: len(reports) for key, reports in model._kvfx.engine.reports.items()}
     assert built["prefill"] <= 2
     assert built["decode"] <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_one_compiled_step_serves_all_lengths_and_makes_nothing_of_the_size_of_the_pool():
+    base = fresh_llama(num_hidden_layers=1)
+    quick, model = (kvfx.compile(base, HEADS, backend=backend) for backend in ("eager", "inductor"))
+    prompts = [quick.compress(tokens(2, length, seed=length)) for length in (40, 57)]
+    for cache in (*prompts, quick.compress(tokens(2, 23, seed=3), past_key_values=prompts[1].copy())):
+        first, twin = len(cache.extents[0].pool.keys), cache.copy()
+        for index in range(150):  # over the ends of blocks, and of the pieces that attention works on
+            new = tokens(2, 1, seed=index)
+            ours, theirs = logits(model, cache, new), logits(quick, twin, new)
+            if index % 25 == 0:
+                torch.testing.assert_close(ours, theirs)
+        assert len(cache.extents[0].pool.keys) > first
+        assert cache.layers[0].lengths.unique().numel() > 1
+    pool = cache.extents[0].pool
+    pool.release(pool.take(8192))
+    logits(model, cache, tokens(2, 1))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        logits(model, cache, tokens(2, 1))
+    # Not `profile.events()`, which give what a compiled region has allocated less what it has freed.
+    largest = max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert 0 < largest < pool.positions.nbytes  # the smallest of the pool's three
+    assert {key.phase: len(reports) for key, reports in engine_of(base, "inductor").reports.items()} == {"decode": 1}
