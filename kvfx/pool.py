@@ -101,9 +101,9 @@ class Pool:
         """Make room for `missing` more blocks, and some more, lest it be copied at every turn."""
         wanted = self.blocks + max(missing, self.blocks // 32)
         blocks = wanted if self.limit is None else min(wanted, self.limit)
-        self.keys, self.values, self.positions = (
-            torch.cat([tensor, tensor.new_zeros(blocks - self.blocks, *tensor.shape[1:])]) for tensor in self.tensors()
-        )
+        for name in ("keys", "values", "positions"):  # one after the other, so that one alone is there twice
+            held: Tensor = getattr(self, name)
+            setattr(self, name, torch.cat([held, held.new_zeros(max(0, 1 + blocks - len(held)), *held.shape[1:])]))
         self._owners = np.concatenate([self._owners, np.zeros(blocks - self.blocks, dtype=np.int64)])
         self._mark()
 
