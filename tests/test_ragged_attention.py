@@ -166,6 +166,13 @@ def test_extents_may_be_empty_and_differ_wildly(lengths, new):
     check(case, given_of(case, torch.tensor(lengths)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_and_heads_are_as_few(dtype):
+    case = Case(4, 8, 4, 1, 16, 8, 200, dtype, "bool", None, False, 5)
+    lengths = torch.randint(0, 201, (4, 8), generator=torch.Generator().manual_seed(0))
+    check(case, given_of(case, lengths))
+
+
 @pytest.mark.parametrize("new", [1, 3])
 def test_a_query_that_sees_nothing_gets_zero(new):
     case = PLAIN._replace(new=new, mask="bool")
