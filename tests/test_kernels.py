@@ -656,14 +656,16 @@ def test_permuted_heads_give_permuted_answers(op):
 
 
 def over_tensors(op, function, arguments: list):
-    """Close function over all but the tensors; a `count` follows the length, as a budget makes it follow."""
+    """Close function over all but the tensors; a `count` follows the length, as a budget makes it follow, and so do `tokens`."""
+    tokens = [i for i, name in enumerate(argument_names(op)) if name == "tokens"]
+    arguments = [torch.empty(x, 0) if i in tokens else x for i, x in enumerate(arguments)]  # a size is an axis of a tensor
     where = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
     counts = [i for i, name in enumerate(argument_names(op)) if name == "count"]
 
     def closed(*tensors):
         full = list(arguments)
         for i, x in zip(where, tensors, strict=True):
-            full[i] = x
+            full[i] = x.shape[0] if i in tokens else x
         for i in counts:
             full[i] = (tensors[0].shape[2] + 1) // 2
         return function(*full)
@@ -674,7 +676,7 @@ def over_tensors(op, function, arguments: list):
 def moving_axes(op, form: str, dims: Dims) -> list[list[bool]]:
     """For each tensor argument, which axes change with the number of tokens."""
     shapes = [
-        [x.shape for x in dict(variants(op, dims._replace(S=tokens)))[form] if isinstance(x, Tensor)]
+        [x.shape for x in over_tensors(op, op, dict(variants(op, dims._replace(S=tokens)))[form])[1]]
         for tokens in (dims.S, 2 * dims.S)
     ]
     return [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(*shapes, strict=True)]
