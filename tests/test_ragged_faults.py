@@ -167,7 +167,7 @@ def check_every_fault(name: str) -> int:
     return place
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if "copy" in name else name for name in STEPS])
 def test_a_graph_that_fails_between_its_writes_changes_nothing(name):
     assert check_every_fault(name) >= 6
 

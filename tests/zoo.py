@@ -80,7 +80,7 @@ ROWS = {
     "qwen3-moe": Row("Qwen3Moe", {**SIZES, "head_dim": 16, **EXPERTS}),
     "olmo2": Row("Olmo2", SIZES),
     "olmo3": Row("Olmo3", {**SIZES, **WINDOWED}, ALTERNATING, roped=PLAIN),
-    "olmoe": Row("Olmoe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Row("Olmoe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}, slow=True),
     "gemma2": Row(
         "Gemma2", {**SIZES, **WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 24}, ALTERNATING, roped=PLAIN, attention="eager"
     ),
@@ -95,9 +95,9 @@ ROWS = {
     "stablelm": Row("StableLm", {**SIZES, "partial_rotary_factor": 0.25, "qk_layernorm": True}),
     "nemotron": Row("Nemotron", {**SIZES, "partial_rotary_factor": 0.5}),
     "exaone4": Row("Exaone4", {**SIZES, **WINDOWED}, ALTERNATING, roped=(True, False)),
-    "ernie4.5": Row("Ernie4_5", {**SIZES, "head_dim": 16, "use_bias": True}),
+    "ernie4.5": Row("Ernie4_5", {**SIZES, "head_dim": 16, "use_bias": True}, slow=True),
     "hunyuan": Row("HunYuanDenseV1", {**SIZES, "head_dim": 16}),
-    "seed-oss": Row("SeedOss", {**SIZES, "head_dim": 16}),
+    "seed-oss": Row("SeedOss", {**SIZES, "head_dim": 16}, slow=True),
     "gpt2": Row("GPT2", {**GPT, "n_layer": 2}, ("full", "full"), 4, roped=(False, False), head="GPT2LMHeadModel"),
     "gpt2, eager": Row("GPT2", GPT, kv_heads=4, roped=(False,), attention="eager", head="GPT2LMHeadModel", slow=True),
     "gpt-neox": Row("GPTNeoX", {**SIZES, "rotary_pct": 0.5}, kv_heads=4),
