@@ -1,4 +1,4 @@
-"""Blocks of a pool and who owns them: a state machine against plain lists, and what a pool that is full does."""
+"""Blocks of a pool and who owns them, and attention to them: a state machine against plain lists."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvfx.errors import PoolExhausted
-from kvfx.extents import Extents
+from kvfx.extents import CHUNK, Extents
+from kvfx.kernels.ragged_attention import ragged_attention
 from kvfx.pool import Pool
+from yardstick import assert_within_rounding
 
+STATES = torch.randn(2, 4096, 4, generator=torch.Generator().manual_seed(0))  # the key and the value of each token
 Held = list[list[list[list[int]]]]  # what each layer, row and head holds
 ROWS = st.tuples(st.integers(0, 1), st.integers(0, 1))
 
 
 class Blocks(RuleBasedStateMachine):
-    """Extents of a small pool against lists of what each shall hold; the pool's positions stand for keys and values."""
+    """Extents of a small pool against lists of the tokens that each shall hold; the pool's positions say which they are."""
 
     @initialize(lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8), limit=st.none() | st.integers(24, 60))
     def fill(self, lengths: list[int], limit: int | None) -> None:
-        self.pool, self.next = Pool(torch.zeros(1, 1), torch.zeros(1, 1), block_size=4, limit=limit), 0
+        self.pool, self.next = Pool(STATES[0, :1], STATES[1, :1], block_size=4, limit=limit), 0
         extents = Extents(self.pool, 2, 2, 2)
         extents.fill(np.array(lengths).reshape(2, 2, 2))
         self.all: list[tuple[Extents, Held]] = [(extents, [[[[] for _ in range(2)] for _ in range(2)] for _ in range(2)])]
         self.write(0, extents.lengths)
 
     def write(self, which: int, counts: np.ndarray) -> None:
-        """Fill new slots as a graph does: only behind what was there."""
+        """Fill new slots as a graph does, only behind what was there; and attend to all, as the next one does."""
         (extents, held), first = self.all[which], self.next
         for layer, numbers in enumerate(counts):
             for row, pair in enumerate(numbers):
@@ -39,7 +42,11 @@ class Blocks(RuleBasedStateMachine):
                     self.next += count
             flat = torch.tensor([token for row in held[layer] for head in row for token in head], dtype=torch.int32)
             slots = torch.from_numpy(extents.slots(layer))
-            self.pool.positions.view(-1)[slots[flat >= first]] = flat[flat >= first]
+            slots, new = slots[flat >= first], flat[flat >= first].long()
+            self.pool.positions.view(-1)[slots] = new.int()
+            self.pool.keys.flatten(0, 1)[slots], self.pool.values.flatten(0, 1)[slots] = STATES[:, new]
+        for layer in range(2):
+            assert_attends(extents, layer, held[layer])
 
     def of(self, which: int) -> int:
         return which % len(self.all)
@@ -51,6 +58,7 @@ class Blocks(RuleBasedStateMachine):
             extents.make_room(new)
         except PoolExhausted:
             return
+        extents.device_lengths.add_(torch.tensor(new)[:, None])  # which the graph does
         extents.grow(new)
         self.write(self.of(which), np.broadcast_to(np.array(new)[None, :, None], (2, 2, 2)))
 
@@ -112,6 +120,23 @@ class Blocks(RuleBasedStateMachine):
             np.add.at(owners, extents.blocks, 1)
         assert (owners[1:] == self.pool.owners(np.arange(1, self.pool.blocks + 1))).all()
         assert self.pool.limit is None or self.pool.blocks <= self.pool.limit
+
+
+def assert_attends(extents: Extents, layer: int, held: list[list[list[int]]]) -> None:
+    """Attention over blocks is that over the keys and values of the tokens held, and of a new one."""
+    query, (key, value) = STATES[0, -8:].view(2, 4, 1, 4), STATES[:, -12:-8].view(2, 2, 2, 1, 4)
+    places = extents.device_table[layer], extents.device_lengths[layer], *(part[layer] for part in extents.work)
+    pool = extents.pool.tensors()
+    out = ragged_attention(query, key, value, None, *pool, *places, torch.zeros(2, dtype=torch.long), CHUNK, None)
+    for row, head in np.ndindex(2, 4):
+        tokens = held[row][head // 2]
+        keys = torch.cat([STATES[0, tokens], key[row, head // 2]])
+        values = torch.cat([STATES[1, tokens], value[row, head // 2]])
+        low, exact = (
+            torch.softmax(keys.to(dtype) @ query[row, head, 0].to(dtype) / 2, 0) @ values.to(dtype)
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert_within_rounding(out[row, head, 0], low, exact)
 
 
 TestBlocks: Any = Blocks.TestCase
