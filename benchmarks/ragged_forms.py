@@ -157,7 +157,6 @@ def in_pool(problem: Problem, lengths: np.ndarray, fragmented: bool) -> Form:
     if fragmented:
         order = np.concatenate([[0], 1 + np.random.default_rng(0).permutation(pool.blocks)]).astype(np.int32)
         extents.table = order[extents.table]
-        extents.upload()
     for layer in range(LAYERS):
         slots = torch.from_numpy(extents.slots(layer))
         for held, states in ((pool.keys, problem.keys), (pool.values, problem.values)):
