@@ -124,8 +124,10 @@ def test_a_model_without_any_known_attention_is_explained_too():
     explanation = kvfx.explain(model, IDS, policy="knorm:0.5")
     assert (explanation.coverage, explanation.layers, explanation.report.sites) == (0.0, 2, [])
     assert not explanation.is_complete
-    assert explanation.as_dict()["leftovers"] == {"aten.matmul.default": 4}
-    assert "No attention was recognised. Found instead: 4 x aten.matmul.default." in str(explanation)
+    [(op, count)] = explanation.as_dict()["leftovers"].items()
+    assert op == "aten.matmul.default"
+    assert count in (4, 5)  # two of each layer, and that of RoPE in some versions of transformers
+    assert f"No attention was recognised. Found instead: {count} x aten.matmul.default." in str(explanation)
 
 
 def test_a_model_that_cannot_be_traced_is_an_error_that_says_so():
@@ -292,6 +294,7 @@ def test_what_a_score_leaves_out_of_attention_is_said():
     config = Gemma2Config(vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
                           num_key_value_heads=2, head_dim=16, layer_types=["full_attention"])  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
+    model.set_attn_implementation("eager")  # the default of some versions has no cap
     [site] = kvfx.explain(model, policy="snapkv:0.5").report.sites
     assert site.unseen == ("soft cap",)
     [site] = kvfx.explain(model, policy="compactor:0.5").report.sites
