@@ -133,6 +133,7 @@ def test_windows_go_round(padding):
 
 
 @pytest.mark.slow  # minutes, for all families
+@pytest.mark.filterwarnings("ignore:no cache layer of .* is compressed")
 @pytest.mark.parametrize("family", [name for name in zoo.ROWS if name != "mpt"])  # refused, see below
 def test_every_family_decodes_in_place(family):
     for padding in (None, (0, 5)):
