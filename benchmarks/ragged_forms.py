@@ -14,10 +14,11 @@ from ragged_problem import LAYERS, Problem, after, seen
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from kvfx.extents import CHUNK, Extents
+from kvfx.extents import Extents
 from kvfx.kernels.attention import attention
 from kvfx.kernels.ragged_attention import ragged_attention
-from kvfx.pool import Pool
+from kvfx.pool import BLOCK, Pool
+from kvfx.work_list import chunk_of
 
 FLEX_BLOCK = 128  # smaller ones took longer; the query's block must be 1
 PLAIN = "all tokens, sdpa"
@@ -79,7 +80,7 @@ def pool_step(
     outs: list[Tensor] = []
     for layer, (query, (key, value)) in enumerate(zip(queries, news, strict=True)):
         places = table[layer], lengths[layer], *(part[layer] for part in work), shift
-        outs.append(ragged_attention(after(query, outs), key, value, None, *pool, *places, CHUNK, None))
+        outs.append(ragged_attention(after(query, outs), key, value, None, *pool, *places, chunk_of(BLOCK), None))
     return outs
 
 

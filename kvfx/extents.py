@@ -10,9 +10,7 @@ from torch import Tensor
 
 from kvfx.passes.capture import mark_dynamic
 from kvfx.pool import NOBODY, Pool
-from kvfx.work_list import WorkList, work_list
-
-CHUNK = 128
+from kvfx.work_list import WorkList, chunk_of, work_list
 
 
 class Extents:
@@ -226,7 +224,7 @@ class Extents:
         """How attention splits its work, see `kvfx.work_list`; of all blocks owned, so it stays right while they fill."""
         if self._work is None:
             size = self.pool.block_size
-            work = work_list(self.owned * size, self.table, size, CHUNK)
+            work = work_list(self.owned * size, self.table, size, chunk_of(size))
             work = WorkList(*(part.to(self.pool.keys.device) for part in work))
             for part in work[:3]:
                 mark_dynamic(part, 1)

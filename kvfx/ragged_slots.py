@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from kvfx.cache_layer import CacheLayer
-from kvfx.extents import CHUNK
 from kvfx.passes.cache_write import slots_of
 from kvfx.passes.plan import Plan, Splice
 from kvfx.slot_cache import SlotCache
+from kvfx.work_list import chunk_of
 
 
 class Blocks(NamedTuple):
@@ -83,7 +83,7 @@ class RaggedSlots(SlotCache):
         held = slots_of(self.length)  # type: ignore[arg-type]
         return torch.ops.kvfx.ragged_read(
             keys, values, positions, key, value, held + key.shape[2], index, table[place], lengths[place],
-            [part[place] for part in work], held - self.seen, CHUNK,
+            [part[place] for part in work], held - self.seen, chunk_of(keys.shape[1]),
         )  # fmt: skip
 
     def _evict(self, key: Tensor, value: Tensor, index: int) -> None:

@@ -25,7 +25,13 @@ class WorkList(NamedTuple):
     merge: Tensor
 
 
+CHUNK = 128  # slots of a chunk, about: small enough that few are read in vain, large enough that a list of them is short
 NOWHERE = 2**30  # where chunks of nothing begin: behind the end of every extent
+
+
+def chunk_of(block: int) -> int:
+    """Slots of a chunk where blocks have `block`: `CHUNK`, or the next whole number of blocks."""
+    return -(-CHUNK // block) * block
 
 
 def work_list(lengths: np.ndarray, table: np.ndarray, block: int, chunk: int) -> WorkList:

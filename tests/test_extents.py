@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvfx.errors import PoolExhausted
-from kvfx.extents import CHUNK, Extents
+from kvfx.extents import Extents
 from kvfx.kernels.ragged_attention import ragged_attention
 from kvfx.pool import Pool
+from kvfx.work_list import chunk_of
 from yardstick import assert_within_rounding
 
 STATES = torch.randn(2, 4096, 4, generator=torch.Generator().manual_seed(0))  # the key and the value of each token
@@ -127,7 +128,7 @@ def assert_attends(extents: Extents, layer: int, held: list[list[list[int]]]) ->
     query, (key, value) = STATES[0, -8:].view(2, 4, 1, 4), STATES[:, -12:-8].view(2, 2, 2, 1, 4)
     places = extents.device_table[layer], extents.device_lengths[layer], *(part[layer] for part in extents.work)
     pool = extents.pool.tensors()
-    out = ragged_attention(query, key, value, None, *pool, *places, torch.zeros(2, dtype=torch.long), CHUNK, None)
+    out = ragged_attention(query, key, value, None, *pool, *places, torch.zeros(2, dtype=torch.long), chunk_of(4), None)
     for row, head in np.ndindex(2, 4):
         tokens = held[row][head // 2]
         keys = torch.cat([STATES[0, tokens], key[row, head // 2]])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kvfx
-from decoding import GREEDY, fresh_llama, prefill, tokens
+from decoding import GREEDY, VOCABULARY, fresh_llama, prefill, tokens
 from kvfx.engine import engine_of
 from kvfx.passes.capture import pytree
 from test_windows import mixed
@@ -116,6 +116,17 @@ def test_a_head_may_keep_nothing():
     dense = cache.to("dense")
     for new in (tokens(1, 1, seed=5), tokens(1, 5, seed=6)):
         torch.testing.assert_close(logits(small, cache, new), logits(small, dense, new))
+
+
+@pytest.mark.parametrize("block_size", [3, 100, 256])
+def test_blocks_may_have_any_size(block_size):
+    """Also one that goes into no piece of attention's work evenly, or is larger than one."""
+    cache = kvfx.RaggedCache(block_size=block_size)
+    ids = torch.randint(1, VOCABULARY, (1, 1000), generator=torch.Generator().manual_seed(0))
+    compiled().compress(ids, past_key_values=cache)
+    dense = cache.to("dense")
+    for new in (tokens(1, 1, seed=5), tokens(1, 1, seed=6)):
+        torch.testing.assert_close(logits(compiled(), cache, new), logits(compiled(), dense, new))
 
 
 def test_equal_budgets_fill_a_ragged_cache_with_what_they_fill_a_dense_one():
