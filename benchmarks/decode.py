@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
-from method import AA, Fresh, Row, Subject, bytes_column, compare, read, save, with_bytes
+from method import AA, RATIO, Fresh, Row, Subject, bytes_column, compare, number, read, save, table_of, text, with_bytes
 from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -237,24 +237,18 @@ def check_same(rows: dict[str, Fresh]) -> dict[str, int]:
 
 
 def table(name: str) -> str:
-    where, rows = read(name)
-    lines = [
-        f"Measured on {where}.\n",
+    about = [
         f"CPU time of {STEPS} decode steps behind S tokens, over that of the baseline behind the slash: median of pairs, with",
         "its 95 % interval. Plain rows are `torch.compile` of the transformers model. A goal is met, or not, when the ratio is",
         "further from it than the A/A interval reaches from 1; nearer is undecided. `bytes`: those of all that the cache holds,",
-        "tables and free slots included, over the baseline's.\n",
-        "| setting / baseline | step | ratio | 95 % | goal | | bytes | ms a step | baseline ms | pairs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "tables and free slots included, over the baseline's.",
     ]
-    for row in rows:
-        goal = f"{row['goal']:.2f}" if isinstance(row["goal"], float) else ""
-        times = " | ".join(f"{1000 * row[key] / STEPS:.2f}" for key in ("seconds", "baseline_seconds"))
-        lines.append(
-            f"| {row['setting']} | {row['variant']} | {row['ratio']:.3f} | {row['low']:.3f}-{row['high']:.3f} | {goal} "
-            f"| {row['verdict']} | {bytes_column(row)} | {times} | {row['rounds']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    columns = {
+        "setting / baseline": text("setting"), "step": text("variant"), **RATIO, "goal": number("goal", 2), "": text("verdict"),
+        "bytes": bytes_column, "ms a step": number("seconds", 2, lambda row: 1000 / STEPS),
+        "baseline ms": number("baseline_seconds", 2, lambda row: 1000 / STEPS), "pairs": number("rounds", 0),
+    }  # fmt: skip
+    return table_of(name, about, columns)
 
 
 def plot(name: str) -> None:

@@ -22,6 +22,7 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+Column = Callable[[Mapping[str, Any]], str]  # of a table, from a row
 AA = "A/A"
 
 
@@ -180,6 +181,27 @@ def with_bytes(rows: Sequence[Row], baseline: str, held: Mapping[str, int], bars
         Held(**asdict(row), held=held.get(row.variant, held[baseline]) / held[baseline], bar=bars.get(row.variant, ""))
         for row in rows
     ]
+
+
+def number(key: str, digits: int, scale: Callable[[Mapping[str, Any]], float] = lambda row: 1) -> Column:
+    """For a table: a number of a row, times `scale`; nothing where the row has none."""
+    return lambda row: f"{scale(row) * row[key]:.{digits}f}" if isinstance(row[key], float) else ""
+
+
+def text(key: str) -> Column:
+    """For a table: a text of a row."""
+    return lambda row: str(row[key])
+
+
+RATIO: dict[str, Column] = {"ratio": number("ratio", 3), "95 %": lambda row: f"{row['low']:.3f}-{row['high']:.3f}"}
+
+
+def table_of(name: str, about: Sequence[str], columns: Mapping[str, Column]) -> str:
+    """What `results/NAME.csv` says, as Markdown: where it was measured, what it is about, and a line for each row."""
+    where, rows = read(name)
+    lines = ["|".join(f" {title} " if title else " " for title in columns), "|".join(["---"] * len(columns))]
+    lines += [" " + " | ".join(cell(row) for cell in columns.values()) + " " for row in rows]
+    return "\n".join([f"Measured on {where}.\n", *about, "", *(f"|{line}|" for line in lines), ""])
 
 
 def bytes_column(row: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import matplotlib
 import torch
 from matplotlib import pyplot
-from method import AA, Row, Subject, compare, read, save
+from method import AA, RATIO, Row, Subject, compare, number, read, save, table_of, text
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvfx
@@ -102,23 +102,16 @@ def measure(model_name: str, model: LlamaForCausalLM, length: int, options: argp
 
 
 def table(name: str) -> str:
-    where, rows = read(name)
-    lines = [
-        f"Measured on {where}.\n",
+    about = [
         "Ratio of CPU time to plain `torch.compile`, median of paired runs with its 95 % interval. `floor`: what the added",
         "arithmetic alone would give. A goal is met, or not, when the ratio is further from it than the A/A interval reaches",
-        "from 1; nearer is undecided.\n",
-        "| setting | policy | ratio | 95 % | floor | goal | | s | plain s | pairs |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "from 1; nearer is undecided.",
     ]
-    for row in rows:
-        low_high, seconds = f"{row['low']:.3f}-{row['high']:.3f}", f"{row['seconds']:.3f} | {row['baseline_seconds']:.3f}"
-        bounds = " | ".join(f"{row[key]:.3f}" if isinstance(row[key], float) else "" for key in ("floor", "goal"))
-        lines.append(
-            f"| {row['setting']} | {row['variant']} | {row['ratio']:.3f} | {low_high} | {bounds} | {row['verdict']} | {seconds} "
-            f"| {row['rounds']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    columns = {
+        "setting": text("setting"), "policy": text("variant"), **RATIO, "floor": number("floor", 3), "goal": number("goal", 3),
+        "": text("verdict"), "s": number("seconds", 3), "plain s": number("baseline_seconds", 3), "pairs": number("rounds", 0),
+    }  # fmt: skip
+    return table_of(name, about, columns)
 
 
 def plot(name: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot
-from method import AA, Row, Subject, bytes_column, compare, read, save, with_bytes
+from method import AA, RATIO, Row, Subject, bytes_column, compare, number, read, save, table_of, text, with_bytes
 from ragged_forms import FRAGMENTED, FULL, HALF, PLAIN, Form, forms
 from ragged_problem import LAYERS, Problem, Shape, after, definition
 from torch._dynamo.utils import counters
@@ -102,24 +102,19 @@ def calls(row: dict[str, Any]) -> int:
 
 
 def table(name: str) -> str:
-    where, rows = read(name)
-    lines = [
-        f"Measured on {where}.\n",
+    about = [
         "CPU time of attention of one token, over that of the baseline behind the slash: median of pairs, with its 95 % interval.",
         "`floor`: bytes of the keys and values of the slots held, over those of all. `bytes`: those of all tensors that hold them,",
         "tables and free slots included, over the baseline's. A goal is met, or not, when the ratio is further from it than the",
-        "A/A interval reaches from 1; nearer is undecided.\n",
-        "| setting / baseline | form | ratio | 95 % | floor | goal | | bytes | us a layer | baseline us | pairs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "A/A interval reaches from 1; nearer is undecided.",
     ]
-    for row in rows:
-        bounds = " | ".join(f"{row[key]:.2f}" if isinstance(row[key], float) else "" for key in ("floor", "goal"))
-        times = " | ".join(f"{1e6 * row[key] / calls(row):.0f}" for key in ("seconds", "baseline_seconds"))
-        lines.append(
-            f"| {row['setting']} | {row['variant']} | {row['ratio']:.3f} | {row['low']:.3f}-{row['high']:.3f} | {bounds} "
-            f"| {row['verdict']} | {bytes_column(row)} | {times} | {row['rounds']:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    columns = {
+        "setting / baseline": text("setting"), "form": text("variant"), **RATIO, "floor": number("floor", 2),
+        "goal": number("goal", 2), "": text("verdict"), "bytes": bytes_column,
+        "us a layer": number("seconds", 0, lambda row: 1e6 / calls(row)),
+        "baseline us": number("baseline_seconds", 0, lambda row: 1e6 / calls(row)), "pairs": number("rounds", 0),
+    }  # fmt: skip
+    return table_of(name, about, columns)
 
 
 def plot(name: str) -> None:
