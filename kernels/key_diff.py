@@ -30,4 +30,11 @@ def _inputs(dims, dtype, device, seed):
     return *samples(dtype, device, seed, (dims.B, dims.Hkv, dims.S, dims.D)), None
 
 
-OP = KernelOp("key_diff", "(Tensor key, Tensor? valid) -> Tensor", key_diff, _inputs, cost="reads B*Hkv*S*D twice")
+OP = KernelOp(
+    "key_diff",
+    "(Tensor key, Tensor? valid) -> Tensor",
+    key_diff,
+    _inputs,
+    triton="key_diff_triton:key_diff",
+    cost="reads B*Hkv*S*D twice",
+)

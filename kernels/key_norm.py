@@ -27,4 +27,6 @@ def _inputs(dims, dtype, device, seed):
     return tuple(samples(dtype, device, seed, (dims.B, dims.Hkv, dims.S, dims.D)))
 
 
-OP = KernelOp("key_norm", "(Tensor key) -> Tensor", key_norm, _inputs, cost="reads B*Hkv*S*D elements")
+OP = KernelOp(
+    "key_norm", "(Tensor key) -> Tensor", key_norm, _inputs, triton="key_norm_triton:key_norm", cost="reads B*Hkv*S*D elements"
+)

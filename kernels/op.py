@@ -1,7 +1,10 @@
 """One row of the op table: what an operator is, in tensors."""
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +38,7 @@ class KernelOp:
         schema: arguments and returns in the operator schema language, without the name.
         reference: the definition, in plain torch.
         inputs: example arguments from (dims, dtype, device, seed); tests and benchmarks read them.
-        triton: `module:function` of the Triton launcher, or None while there is none.
+        triton: `module:function` of the Triton launcher, or None where Inductor's own kernels serve.
         cost: memory traffic and arithmetic in one line.
     """
 
@@ -59,6 +62,30 @@ class KernelOp:
     def overload(self) -> torch._ops.OpOverload:
         """The registered operator, as it stands in a graph."""
         return getattr(torch.ops.kvfx, self.name).default
+
+    @functools.cached_property
+    def kernel(self) -> torch._ops.OpOverload:
+        """The Triton form, `torch.ops.kvfx.<name>_triton`: the same arguments, the same answer, on CUDA.
+
+        Inductor looks into it and compiles the kernels with the rest of a graph; so does AOTInductor. Importing Triton waits until
+        this is asked for.
+
+        Raises:
+            ImportError: Triton is not installed.
+        """
+        name = f"{self.name}_triton"
+        if not hasattr(torch.ops.kvfx, name):
+            torch.library.triton_op(f"kvfx::{name}", getattr(self._module, self.name), mutates_args=())
+        return getattr(torch.ops.kvfx, name).default
+
+    def refusal(self, *args: Any) -> str | None:
+        """Why the Triton form does not take arguments of such shapes and types; None if it does."""
+        return self._module.refusal(*args)
+
+    @property
+    def _module(self) -> ModuleType:
+        assert self.triton is not None, f"{self.name} has no Triton form"
+        return importlib.import_module(f".{self.triton.partition(':')[0]}", __package__)
 
 
 def samples(dtype: torch.dtype, device: str, seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_leaves
 
 from kvfx.kernels import OPS, Dims
+from forms import forms
 from kvfx.kernels.leverage import draw_sketch
 from yardstick import assert_within_rounding
 
@@ -287,13 +288,14 @@ def test_dropout_beside_a_cap_is_an_error():
         kvfx.attention(query, key, value, None, 0.1, True, None, 30.0, None)
 
 
+@forms("key_norm")
 @given(cases())
 @many
-def test_key_norm_is_the_negated_length(case):
+def test_key_norm_is_the_negated_length(op, case):
     B, H, _, S, D = case.dims
     (key,) = case._replace(padding="none").draw((B, H, S, D))
     exact, low = (slow_key_norm(key, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(kvfx.key_norm(key), low, exact)
+    assert_within_rounding(op(key), low, exact)
 
 
 @given(cases(), st.booleans(), st.sampled_from([1.0, 0.35]), st.sampled_from([1, 3, 7]), st.sampled_from([1, 3, CHUNK]))

@@ -1,0 +1,113 @@
+"""What an operator launches: its Triton kernels with the types and constants that they are compiled for. Needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
+from triton.runtime.autotuner import Autotuner
+
+from kvfx.kernels import KernelOp
+
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+    torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: what is launched.
+        arguments: its arguments by name: fake tensors, numbers.
+        options: warps and stages.
+        programs: how many there are.
+    """
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    programs: int
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.kernel.fn.__name__
+
+    def compile(self, capability: int) -> Any:
+        """The kernel as compiled for a chip, e.g. 90, as `triton.compile` returns it."""
+        constant = {param.name for param in self.kernel.params if param.is_constexpr}
+        signature, constants, attributes = {}, {}, {}
+        for place, name in enumerate(self.kernel.arg_names):
+            value = self.arguments[name]
+            # As Triton's own launcher does: ones and None become constants, and multiples of 16 are known to be that.
+            if name in constant or value is None or (type(value) is int and value == 1):
+                signature[name], constants[(place,)] = "constexpr", value
+                continue
+            signature[name] = _type(value)
+            if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def launches(op: KernelOp, arguments: tuple[Any, ...]) -> Iterator[Launch]:
+    """What `op` launches for arguments like these; only the shapes, strides and types of tensors matter."""
+    where = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
+    launcher = getattr(op._module, op.name)
+
+    def body(*tensors: Tensor) -> Any:
+        full = list(arguments)
+        for place, tensor in zip(where, tensors, strict=True):
+            full[place] = tensor
+        return launcher(*full)
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fakes = [_on_cuda(arguments[place]) for place in where]
+        graph = make_fx(body, tracing_mode="real")(*fakes).graph
+    for node in graph.nodes:
+        if node.target is triton_kernel_wrapper_mutation:
+            yield _launch(node.kwargs)
+
+
+def _on_cuda(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+
+
+def _launch(given: Any) -> Launch:
+    kernel = kernel_side_table.get_kernel(given["kernel_idx"])
+    constants = kernel_side_table.get_constant_args(given["constant_args_idx"])
+    options: dict[str, int] = {}
+    if isinstance(kernel, Autotuner):  # how torch carries the number of warps
+        (config,) = kernel.configs
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        kernel = kernel.fn
+    (grid,) = given["grid"]
+    programs = 1
+    for size in grid:
+        programs *= int(size)
+    values = tree_map_only(torch.fx.Node, lambda node: node.meta["val"], {**given["kwargs"], **constants})
+    return Launch(kernel, values, options, programs)
