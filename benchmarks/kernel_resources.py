@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of every kernel on every chip, compiled without one.
 
-    python benchmarks/kernel_resources.py --out benchmarks/results/kernel_resources.csv
+python benchmarks/kernel_resources.py --out benchmarks/results/kernel_resources.csv
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kernel_cases import CASES, Case
+from launches import Launch, launches
 from triton import knobs
 
-from kernel_cases import CASES, Case
 from kvfx.kernels import OPS
-from launches import Launch, launches
 
 # Bytes of shared memory that one program may take.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

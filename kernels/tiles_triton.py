@@ -1,6 +1,6 @@
 """What Triton kernels share: which tiles they take, and how a tile of tokens is read.
 
-A tile is some tokens of one head, `BLOCK_D` channels wide: a power of two, at least 16, because matrix units want that. Programs are
+A tile is some tokens of one head, `BLOCK_D` channels wide: a power of two, at least 16, as matrix units want. Programs are
 numbered along one axis, which is the only one that may be long. Addresses are 64-bit.
 """
 

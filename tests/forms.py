@@ -1,6 +1,6 @@
 """The forms of an operator that tests judge alike: its reference, and the Triton kernel beside it.
 
-Without a GPU the kernel runs in Triton's interpreter, on tensors of the CPU. Its outputs start out as NaN, or as the largest integer,
+Without a GPU the kernel runs in Triton's interpreter, on tensors of the CPU. Outputs start out as NaN, or as the largest integer,
 so that what a kernel leaves out is seen.
 """
 

@@ -14,8 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves
 
-from kvfx.kernels import OPS, Dims
 from forms import forms
+from kvfx.kernels import OPS, Dims
 from kvfx.kernels.leverage import draw_sketch
 from yardstick import assert_within_rounding
 
