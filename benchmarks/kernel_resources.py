@@ -38,6 +38,8 @@ class Resources:
         registers: of a thread.
         spills: bytes that do not fit there, written or read.
         shared: bytes of shared memory of a program.
+        writes: its arguments that it writes to, as torch.compile finds out.
+        given: those of its arguments that are the operator's own.
     """
 
     op: str
@@ -49,6 +51,8 @@ class Resources:
     registers: int
     spills: int
     shared: int
+    writes: str
+    given: str
 
 
 def resources(case: Case, chips: Iterable[int]) -> Iterator[Resources]:
@@ -65,7 +69,7 @@ def measure(case: Case, launch: Launch, chip: int) -> Resources:
     options = launch.options
     return Resources(
         case.op, case.name, launch.name, f"sm_{chip}", options.get("num_warps", 4), options.get("num_stages", 3), registers, spills,
-        compiled.metadata.shared,
+        compiled.metadata.shared, " ".join(sorted(launch.writes())), " ".join(sorted(launch.given)),
     )  # fmt: skip
 
 

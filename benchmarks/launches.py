@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
@@ -34,17 +35,28 @@ class Launch:
         arguments: its arguments by name: fake tensors, numbers.
         options: warps and stages.
         programs: how many there are.
+        given: the arguments, by name, that are memory of the operator's own arguments.
     """
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
     programs: int
+    given: frozenset[str]
 
     @property
     def name(self) -> str:
         """The kernel's."""
         return self.kernel.fn.__name__
+
+    def writes(self) -> frozenset[str]:
+        """The arguments that the kernel writes to, as torch finds out; all of them if it does not understand the kernel.
+
+        What is written, torch.compile copies before the launch, unless nothing else reads it.
+        """
+        triton.runtime.driver.set_active(_Driver())
+        accesses = wrap.identify_accessed_tensors(self.kernel, dict(self.arguments), {})
+        return frozenset(write.name for write in accesses.read_writes.writes)
 
     def compile(self, capability: int) -> Any:
         """The kernel as compiled for a chip, e.g. 90, as `triton.compile` returns it."""
@@ -73,6 +85,13 @@ def _type(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
+class _Driver:
+    """All that torch asks a driver in order to read a kernel."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
 def launches(op: KernelOp, arguments: tuple[Any, ...]) -> Iterator[Launch]:
     """What `op` launches for arguments like these; only the shapes, strides and types of tensors matter."""
     where = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
@@ -88,18 +107,23 @@ def launches(op: KernelOp, arguments: tuple[Any, ...]) -> Iterator[Launch]:
     with mode:
         fakes = [_on_cuda(arguments[place]) for place in where]
         graph = make_fx(body, tracing_mode="real")(*fakes).graph
+    own = {_memory(place.meta["val"]) for place in graph.find_nodes(op="placeholder")}
     for node in graph.nodes:
-        if node.target is triton_kernel_wrapper_mutation:
-            yield _launch(node.kwargs)
+        if node.target is wrap.triton_kernel_wrapper_mutation:
+            yield _launch(node.kwargs, own)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _on_cuda(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
 
 
-def _launch(given: Any) -> Launch:
-    kernel = kernel_side_table.get_kernel(given["kernel_idx"])
-    constants = kernel_side_table.get_constant_args(given["constant_args_idx"])
+def _launch(given: Any, own: set[int]) -> Launch:
+    kernel = wrap.kernel_side_table.get_kernel(given["kernel_idx"])
+    constants = wrap.kernel_side_table.get_constant_args(given["constant_args_idx"])
     options: dict[str, int] = {}
     if isinstance(kernel, Autotuner):  # how torch carries the number of warps
         (config,) = kernel.configs
@@ -110,4 +134,5 @@ def _launch(given: Any) -> Launch:
     for size in grid:
         programs *= int(size)
     values = tree_map_only(torch.fx.Node, lambda node: node.meta["val"], {**given["kwargs"], **constants})
-    return Launch(kernel, values, options, programs)
+    mine = frozenset(name for name, value in values.items() if isinstance(value, Tensor) and _memory(value) in own)
+    return Launch(kernel, values, options, programs, mine)

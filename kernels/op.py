@@ -78,6 +78,16 @@ class KernelOp:
             torch.library.triton_op(f"kvfx::{name}", getattr(self._module, self.name), mutates_args=())
         return getattr(torch.ops.kvfx, name).default
 
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why the Triton form cannot run on a device at all; None if it can."""
+        try:
+            interpreted = importlib.import_module(".tiles_triton", __package__).INTERPRETED
+        except ImportError as error:
+            return f"Triton cannot be imported ({error})"
+        if device.type == "cuda" or (device.type == "cpu" and interpreted):
+            return None
+        return f"Triton runs on CUDA, not on {device.type} (but with TRITON_INTERPRET=1, and then with backend='eager')"
+
     def refusal(self, *args: Any) -> str | None:
         """Why the Triton form does not take arguments of such shapes and types; None if it does."""
         return self._module.refusal(*args)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+INTERPRETED = triton.knobs.runtime.interpret  # kernels run on tensors of the CPU, to be tested
 MAX_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

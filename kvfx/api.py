@@ -16,6 +16,7 @@ from kvfx.explain import Explanation
 from kvfx.lower import lower
 from kvfx.model import compressed
 from kvfx.passes.capture import BACKENDS
+from kvfx.passes.lower import IMPLS
 from kvfx.policy import Policy, as_policy
 
 
@@ -26,6 +27,7 @@ def compile(
     backend: str = "inductor",
     sketch: Sequence[Tensor] | None = None,
     on_refuse: str = "warn",
+    impl: str = "auto",
 ) -> Any:
     """Return a model whose KV caches keep only what `policy` chooses.
 
@@ -37,6 +39,8 @@ def compile(
         backend: what runs the rewritten graphs: "inductor", "aot_eager" or "eager".
         sketch: per layer a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` for leverage scores, instead of the drawn ones.
         on_refuse: what to do about an attention site that is not understood: "warn" leaves it whole, "error" raises.
+        impl: what scores and moves: "auto" takes Triton kernels on CUDA, and compiled references elsewhere and where a kernel does
+            not take a shape, which `explain` shows; "reference" takes no kernel; "triton" makes it an error if one cannot run.
 
     Returns:
         A model of the same class with `compress`, and `generate` on compressed caches; for a module that is not of transformers,
@@ -51,15 +55,18 @@ def compile(
         raise InputError(f"unknown backend {backend!r}; known: {sorted(BACKENDS)}")
     if on_refuse not in ("warn", "error"):
         raise InputError(f"on_refuse is {on_refuse!r}; known: ['error', 'warn']")
+    if impl not in IMPLS:
+        raise InputError(f"unknown impl {impl!r}; known: {list(IMPLS)}")
     chosen = as_policy(policy)
     base = hf.unwrap(model)
+    engine = engine_of(base, backend, impl)
     if not hf.is_transformers(base):
         if sketch is not None:
             raise PolicyError("sketches are taken for transformers decoders only; leave sketch out, and they are drawn")
-        return CompressedDecoder(base, chosen, lower(chosen), engine_of(base, backend), on_refuse)
+        return CompressedDecoder(base, chosen, lower(chosen), engine, on_refuse)
     sketches = None if sketch is None else _check_sketch(base, chosen, sketch)
     plan = lower(chosen, sketches)
-    return compressed(base, chosen, plan, engine_of(base, backend), on_refuse)
+    return compressed(base, chosen, plan, engine, on_refuse)
 
 
 def _check_sketch(model: Any, policy: Policy, sketch: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -112,9 +119,9 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
         runs = [reports[-1] for key, reports in runner.engine.reports.items() if key.phase == "prefill" and key.plan == runner.plan]
         if runs:
             return Explanation(runner.engine.name, runner.policy, runs[-1])
-        base, chosen, plan = runner.base, runner.policy, runner.plan
+        base, chosen, plan, impl = runner.base, runner.policy, runner.plan, runner.engine.impl
     else:
-        base, chosen = hf.unwrap(model), as_policy(policy)
+        base, chosen, impl = hf.unwrap(model), as_policy(policy), "auto"
         plan = lower(chosen)
     if inputs is None:
         inputs = trial.prompt(base, chosen)
@@ -122,9 +129,9 @@ def explain(model: Any, inputs: Any = None, policy: str | Mapping[str, Any] | Po
     if not hf.is_transformers(base):
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
         args = (args,) if isinstance(args, Tensor) else tuple(args)
-        report = trial.trace(name, lambda engine: DecoderRunner(base, chosen, plan, engine, "warn").forward(args, kwargs))
+        report = trial.trace(name, lambda engine: DecoderRunner(base, chosen, plan, engine, "warn").forward(args, kwargs), impl)
         return Explanation(name, chosen, report)
     ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
     mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
-    report = trial.trace(name, lambda engine: compressed(base, chosen, plan, engine, "warn").compress(ids, mask))
+    report = trial.trace(name, lambda engine: compressed(base, chosen, plan, engine, "warn").compress(ids, mask), impl)
     return Explanation(name, chosen, report)

@@ -10,16 +10,17 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from kvfx import hf, passes
-from kvfx.errors import KvfxError, SiteRefused, UnsupportedModel
+from kvfx.errors import KernelUnavailable, KvfxError, SiteRefused, UnsupportedModel
 from kvfx.passes import capture
 from kvfx.passes.plan import Plan
-from kvfx.passes.report import LayersFail, Report
+from kvfx.passes.report import LayersFail, NoKernel, Report
 from kvfx.slot_cache import SlotCache
 
 STORE_ALL = Plan(score=None)
@@ -93,9 +94,10 @@ class Engine:
         counts_tokens: whether the model is always shown a mask behind a static cache: without one it counts the tokens seen.
     """
 
-    def __init__(self, name: str, backend: str) -> None:
+    def __init__(self, name: str, backend: str, impl: str = "auto") -> None:
         self.name = name
         self.backend = backend
+        self.impl = impl
         self.reports: dict[StepKey, list[Report]] = {}
         self.whole: frozenset[int] = frozenset()
         self.counts_columns = False
@@ -161,7 +163,7 @@ class Engine:
     def _rewrite(self, key: StepKey) -> Callable[[fx.GraphModule], None]:
 
         def rewrite(module: fx.GraphModule) -> None:
-            report = passes.run(module, key.plan)
+            report = passes.run(module, replace(key.plan, impl=self.impl))
             if key.plan.score is not None:
                 _judge(report, self.name, key.on_refuse)
             self.reports.setdefault(key, []).append(report)
@@ -203,18 +205,20 @@ def _unwrap(error: BaseException, model: str) -> BaseException:
     while inner is not None:
         if isinstance(inner, (KvfxError, LayersFail)):
             return inner
+        if isinstance(inner, NoKernel):
+            return KernelUnavailable(f"{model}: {inner}")
         inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner.__context__
     if capture.is_graph_break(error):
         return UnsupportedModel(f"{model} cannot be traced as one graph, so nothing was compressed: {str(error).splitlines()[0]}")
     return error
 
 
-_ENGINES: weakref.WeakKeyDictionary[nn.Module, dict[str, Engine]] = weakref.WeakKeyDictionary()
+_ENGINES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], Engine]] = weakref.WeakKeyDictionary()
 _ENGINES_LOCK = threading.Lock()
 
 
-def engine_of(model: nn.Module, backend: str) -> Engine:
-    """The engine that all compressed models of `model` share."""
+def engine_of(model: nn.Module, backend: str, impl: str = "auto") -> Engine:
+    """The engine that all compressed models of `model` share, on one backend and one implementation of kernel ops."""
     with _ENGINES_LOCK:
         engines = _ENGINES.setdefault(model, {})
-        return engines.setdefault(backend, Engine(type(model).__name__, backend))
+        return engines.setdefault((backend, impl), Engine(type(model).__name__, backend, impl))

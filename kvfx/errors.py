@@ -22,6 +22,10 @@ class SiteRefused(KvfxError):
     """An attention site was not understood and `on_refuse="error"`; by default it is reported and left as it was."""
 
 
+class KernelUnavailable(KvfxError):
+    """Triton kernels were asked for by `impl="triton"`, and one cannot run; by default its reference takes its place."""
+
+
 class CacheMismatch(KvfxError, ValueError):
     """A cache does not belong to the tokens, the model or the call it is given to."""
 

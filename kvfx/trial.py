@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class _Trial(Engine):
 
     def _rewrite(self, key: StepKey) -> Callable[[fx.GraphModule], None]:
         def rewrite(module: fx.GraphModule) -> None:
-            report = passes.run(module, key.plan)  # which may fail, and then another step is tried
+            report = passes.run(module, replace(key.plan, impl=self.impl))  # which may fail, and then another step is tried
             self.reports.setdefault(key, []).append(report)
             raise _Traced
 
@@ -48,17 +49,18 @@ class _Trial(Engine):
             return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def trace(name: str, prefill: Callable[[Engine], object]) -> Report:
+def trace(name: str, prefill: Callable[[Engine], object], impl: str = "auto") -> Report:
     """The report on a prefill, which is traced and not run.
 
     Args:
         name: of the model, for messages.
         prefill: runs one prefill on the engine it is given.
+        impl: which form of kernel ops is wanted.
 
     Raises:
         UnsupportedModel: the model cannot be traced.
     """
-    engine = _Trial(name, "eager")
+    engine = _Trial(name, "eager", impl)
     try:
         prefill(engine)
     except _Traced:

@@ -136,6 +136,7 @@ class Plan:
             with a window is left whole. Empty if no layer has one.
         floor: of what a head keeps on average, the share that every head of a layer keeps in any case; with 1 heads do not compete.
         least: tokens that every head keeps in any case, unless the average is less.
+        impl: what ops become: "auto" takes Triton kernels on CUDA and references elsewhere, "triton" and "reference" only these.
     """
 
     score: Expr | None
@@ -150,6 +151,7 @@ class Plan:
     windows: tuple[int | None, ...] = ()
     floor: Fraction = Fraction(1)
     least: int = 0
+    impl: str = "auto"
 
     def calls(self) -> Iterator[OpCall]:
         """The op calls of the score, left to right."""

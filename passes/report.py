@@ -33,6 +33,10 @@ class Unscored(LayersFail):
     """The new tokens of layers cannot be scored, and their cache asks for scores: no attention is understood that reads them."""
 
 
+class NoKernel(Exception):
+    """Triton kernels were asked for, and one cannot run; says which, and why. Leaves the passes."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A place that looked like attention and was left exactly as it was.
@@ -70,7 +74,7 @@ class Site:
         taps: tensors that the score reads.
         score: the ops that score, or empty.
         unseen: what changes the weights of this attention and is left out where its score computes weights of its own.
-        lowering: what runs the ops: "kernel" or "reference".
+        lowering: what runs the ops: "triton" or "reference", or which of both.
         refusal: why the site was left whole.
         where: module, file and line in the model; see `passes.where`.
     """
@@ -117,6 +121,7 @@ class Report:
         counts_columns: whether attention behind a cache adds a bias per head, which counts the columns of padding too.
         narrowed: of an exported program, sizes of inputs that may vary less than before, one line each.
         leftovers: op counts worth knowing when no site was found, e.g. softmax calls.
+        lowered: of each op that has a Triton kernel, "triton", or why its reference runs.
         seconds: time spent in each pass.
         traces: of kernel ops, by op and arguments, while the passes run (see `traced_op`).
     """
@@ -128,6 +133,7 @@ class Report:
     counts_columns: bool = False
     narrowed: tuple[str, ...] = ()
     leftovers: dict[str, int] = field(default_factory=dict)
+    lowered: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     traces: dict[Any, fx.Graph] = field(default_factory=dict, repr=False, compare=False)
 
