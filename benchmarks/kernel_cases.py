@@ -14,6 +14,11 @@ from torch import Tensor
 
 from kvfx.kernels import Dims
 
+# As the presets of policies have them.
+CHUNK = 256
+COLUMNS = 48
+WINDOW = 64
+KEEP = 0.5
 LLAMA = Dims(B=1, Hkv=8, G=4, S=8192, D=128)
 
 

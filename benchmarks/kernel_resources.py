@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel_cases import CASES, Case
-from launches import Launch, launches
+from launches import Launch, launches, serves_every_length
 from triton import knobs
 
 from kvfx.kernels import OPS
@@ -40,6 +40,7 @@ class Resources:
         shared: bytes of shared memory of a program.
         writes: its arguments that it writes to, as torch.compile finds out.
         given: those of its arguments that are the operator's own.
+        lengths: "any" if one graph serves all, else "few".
     """
 
     op: str
@@ -53,16 +54,19 @@ class Resources:
     shared: int
     writes: str
     given: str
+    lengths: str
 
 
 def resources(case: Case, chips: Iterable[int]) -> Iterator[Resources]:
     """Compile what a case launches."""
-    for launch in launches(OPS[case.op], case.arguments()):
+    arguments = case.arguments()
+    lengths = "any" if serves_every_length(OPS[case.op], arguments) else "few"
+    for launch in launches(OPS[case.op], arguments):
         for chip in chips:
-            yield measure(case, launch, chip)
+            yield measure(case, launch, chip, lengths)
 
 
-def measure(case: Case, launch: Launch, chip: int) -> Resources:
+def measure(case: Case, launch: Launch, chip: int, lengths: str) -> Resources:
     """Compile one launch for one chip."""
     compiled = launch.compile(chip)
     registers, spills = _assembled(compiled.asm["ptx"], chip)
@@ -70,6 +74,7 @@ def measure(case: Case, launch: Launch, chip: int) -> Resources:
     return Resources(
         case.op, case.name, launch.name, f"sm_{chip}", options.get("num_warps", 4), options.get("num_stages", 3), registers, spills,
         compiled.metadata.shared, " ".join(sorted(launch.writes())), " ".join(sorted(launch.given)),
+        lengths,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -20,6 +21,7 @@ from triton.runtime.autotuner import Autotuner
 
 from kvfx.kernels import KernelOp
 
+LENGTH = 1000
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
     torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16",
@@ -83,6 +85,32 @@ def _type(value: Any) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def serves_every_length(op: KernelOp, arguments: tuple[Any, ...]) -> bool:
+    """Whether one graph of `op` serves all lengths. Sizes and numbers among the arguments are lengths from `LENGTH` up."""
+    # A number that is a length is the axis of a tensor, as budgets carry them.
+    carried = [torch.empty(value, 0, device="meta") if type(value) is int and value >= LENGTH else value for value in arguments]
+    where = [place for place, value in enumerate(carried) if isinstance(value, Tensor)]
+    launcher = getattr(op._module, op.name)
+
+    def body(*tensors: Tensor) -> Any:
+        full = list(carried)
+        for place, tensor in zip(where, tensors, strict=True):
+            full[place] = tensor.shape[0] if type(arguments[place]) is int else tensor
+        return launcher(*full)
+
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    fakes = []
+    for place in where:
+        moves = [DimDynamic.DYNAMIC if size >= LENGTH else DimDynamic.STATIC for size in carried[place].shape]
+        context = StatelessSymbolicContext(dynamic_sizes=moves)
+        fakes.append(mode.from_tensor(carried[place], symbolic_context=context))
+    make_fx(body, tracing_mode="real")(*fakes)
+    return all(limit.upper > 2**40 for limit in shapes.var_to_range.values()) and not any(
+        value.is_number for value in shapes.replacements.values()
+    )
 
 
 class _Driver:

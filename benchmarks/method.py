@@ -201,7 +201,8 @@ def table_of(name: str, about: Sequence[str], columns: Mapping[str, Column]) -> 
     where, rows = read(name)
     lines = ["|".join(f" {title} " if title else " " for title in columns), "|".join(["---"] * len(columns))]
     lines += [" " + " | ".join(cell(row) for cell in columns.values()) + " " for row in rows]
-    return "\n".join([f"Measured on {where}.\n", *about, "", *(f"|{line}|" for line in lines), ""])
+    begin = where if where.startswith("Predicted") else f"Measured on {where}"
+    return "\n".join([f"{begin}.\n", *about, "", *(f"|{line}|" for line in lines), ""])
 
 
 def bytes_column(row: Mapping[str, Any]) -> str:
@@ -245,12 +246,12 @@ def machine() -> str:
     return f"{processor}, 1 thread; {versions}"
 
 
-def write(name: str, rows: Sequence[Any], command: str) -> Path:
-    """Write rows, which are dataclasses of one kind, to `results/NAME.csv`, with the machine and the command in front."""
+def write(name: str, rows: Sequence[Any], command: str, where: str = "") -> Path:
+    """Write rows, dataclasses of one kind, to `results/NAME.csv`, with the machine, or `where`, and the command in front."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="") as file:
-        file.write(f"# {machine()}\n# {command}\n")
+        file.write(f"# {where or machine()}\n# {command}\n")
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
         for row in rows:

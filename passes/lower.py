@@ -15,7 +15,6 @@ from kvfx.passes.plan import Plan
 from kvfx.passes.report import NoKernel, Report, Site
 from kvfx.passes.traced_op import trace_of
 
-
 IMPLS = ("auto", "reference", "triton")
 
 

@@ -1,0 +1,135 @@
+"""Kernels, each at the sizes of a layer of Llama-3.1-8B: its time beside its floor, its reference, and its reference compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from kernel_cases import LLAMA, MAKE, Case, Sizes
+from kernel_floors import FLOORS, Ceilings
+from method import number, table_of, text
+
+from kvfx.kernels import OPS
+
+KINDS = {"memory": "GB/s", "matmul": "TFLOP/s"}
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One operator at one length; empty where nothing was measured.
+
+    Attributes:
+        op, tokens: what ran; names of cases follow the operator.
+        bytes, flops: the least that it must read, write and multiply.
+        bound: "memory" or "matmul", whichever takes longer.
+        floor_us: how long, at the ceilings named in the table; microseconds, as all times.
+        kernel_us, eager_us, compiled_us: medians of the kernel, of its reference, and of that behind torch.compile.
+        rate: of the kernel, GB/s or TFLOP/s.
+        share: of the ceiling.
+        goal: the share that is promised.
+    """
+
+    op: str
+    tokens: int
+    bytes: float
+    flops: float
+    bound: str
+    floor_us: float
+    kernel_us: float | str
+    eager_us: float | str
+    compiled_us: float | str
+    rate: float | str
+    share: float | str
+    goal: float | str
+
+
+def cases(lengths: Iterable[int], device: str) -> Iterator[tuple[Case, int]]:
+    """Every operator at each length, in bf16."""
+    for op in MAKE:
+        for tokens in lengths:
+            sizes = Sizes(LLAMA._replace(S=tokens), torch.bfloat16, device)
+            yield Case(op, "bf16", MAKE[op], sizes), tokens
+
+
+def predicted(lengths: Iterable[int], ceilings: Ceilings) -> list[KernelTime]:
+    """Floors, with nothing measured."""
+    return [_row(case, tokens, ceilings) for case, tokens in cases(lengths, "meta")]
+
+
+def measured(lengths: Iterable[int], ceilings: Ceilings, device: str, compare: bool = True) -> Iterator[KernelTime]:
+    """Floors and times. With `compare` those of references too, where their scratch fits."""
+    compiled = {op: torch.compile(OPS[op].reference, dynamic=True) for op in MAKE}
+    for case, tokens in cases(lengths, device):
+        arguments = case.arguments()
+        times: list[float | str] = [median_us(lambda a=arguments, c=case: OPS[c.op].kernel(*a), device)]
+        for form in (OPS[case.op].overload, compiled[case.op]):
+            times.append(_or_empty(lambda f=form, a=arguments: f(*a), device) if compare else "")
+        yield _row(case, tokens, ceilings, *times)
+
+
+def _row(case: Case, tokens: int, ceilings: Ceilings, *times: float | str) -> KernelTime:
+    floor = FLOORS[case.op]
+    is_memory = floor.is_memory_bound(case.sizes, ceilings)
+    work = floor.read(case.sizes) / 1e9 if is_memory else floor.flops(case.sizes) / 1e12
+    ceiling = ceilings.bandwidth / 1e9 if is_memory else ceilings.matmul / 1e12
+    kernel, eager, compiled = times or ("", "", "")
+    rate = work / kernel * 1e6 if isinstance(kernel, float) else ""
+    return KernelTime(
+        case.op, tokens, floor.read(case.sizes), floor.flops(case.sizes), "memory" if is_memory else "matmul",
+        floor.seconds(case.sizes, ceilings) * 1e6, kernel, eager, compiled, rate,
+        rate / ceiling if isinstance(rate, float) else "", floor.goal if tokens == 32768 and floor.goal else "",
+    )  # fmt: skip
+
+
+def _or_empty(run: Callable[[], object], device: str) -> float | str:
+    """The time of a reference; empty where its scratch does not fit."""
+    try:
+        return median_us(run, device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return ""
+
+
+def median_us(run: Callable[[], object], device: str) -> float:
+    """Median time of a run, with a cold L2 cache on CUDA."""
+    if device != "cpu":
+        return triton.testing.do_bench(run, warmup=20, rep=80, return_mode="median") * 1e3
+    run()
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e6
+
+
+def ceilings_of(device: str) -> Ceilings:
+    """What the device does when it does nothing else: a copy of 2 GiB, and a product of two bf16 matrices of 8192 rows."""
+    size, rows = (2**30, 8192) if device != "cpu" else (2**20, 64)
+    source = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(rows, rows, device=device, dtype=torch.bfloat16) for _ in range(2))
+    copied = 2 * source.nbytes / median_us(lambda: target.copy_(source), device) * 1e6
+    product = 2 * rows**3 / median_us(lambda: left @ right, device) * 1e6
+    name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
+    return Ceilings(name, copied, product)
+
+
+def table(name: str) -> str:
+    """results/NAME.csv for people."""
+    about = [
+        "Each kernel for one layer of Llama-3.1-8B (32 query heads, 8 KV heads, 128 channels, bf16, one row). `floor`: the least",
+        "bytes, and flops of matrix products, over the ceilings above. Where nothing could be measured that is the time",
+        "**predicted**, and cells of measured times are empty.",
+    ]
+    columns: dict[str, Any] = {
+        "operator": text("op"), "tokens": number("tokens", 0), "bound by": text("bound"), "floor, us": number("floor_us", 1),
+        "kernel, us": number("kernel_us", 1), "rate": lambda row: _rate(row), "of the ceiling": number("share", 2),
+        "goal": number("goal", 2), "reference, us": number("eager_us", 0), "compiled reference, us": number("compiled_us", 0),
+    }  # fmt: skip
+    return table_of(name, about, columns)
+
+
+def _rate(row: Any) -> str:
+    return f"{row['rate']:.0f} {KINDS[row['bound']]}" if isinstance(row["rate"], float) else ""
