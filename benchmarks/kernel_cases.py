@@ -38,6 +38,10 @@ class Sizes:
         """[B, Hkv, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv, self.dims.S, self.dims.D)
 
+    def scores(self) -> Tensor:
+        """[B, Hkv, S] float32."""
+        return self.tensor(self.dims.B, self.dims.Hkv, self.dims.S).float()
+
     def queries(self) -> Tensor:
         """[B, Hq, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv * self.dims.G, self.dims.S, self.dims.D)
@@ -67,6 +71,7 @@ class Case:
 # Arguments of each operator as policies call it.
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
+    "zscore": lambda sizes: (sizes.scores(), None, 8, 4),
     "key_diff": lambda sizes: (sizes.keys(), None),
 }
 

@@ -83,6 +83,7 @@ FLOORS: dict[str, Floor] = {
     "chunk_attention": Floor(lambda s: _queries(s) + 2 * _keys(s) + 4 * _rows(s), _products(lambda s: CHUNK), 0.6),
     "window_attention": Floor(lambda s: 2 * _keys(s) + 4 * _rows(s), _products(lambda s: 2 * WINDOW), 0.85),
     "column_attention": Floor(lambda s: _queries(s) + _keys(s) + 4 * _rows(s), _products(lambda s: s.dims.S / 2), 0.6),
+    "zscore": Floor(lambda s: 12 * _rows(s), _nothing, 0.85),
     "select": Floor(lambda s: 4 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "compact": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "pack": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 16 * KEEP * _rows(s), _nothing, 0.85),

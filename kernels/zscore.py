@@ -54,5 +54,6 @@ OP = KernelOp(
     "(Tensor scores, Tensor? valid, int sinks, int recent) -> Tensor",
     zscore,
     _inputs,
+    triton="zscore_triton:zscore",
     cost="reads B*Hkv*S scores three times",
 )
