@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._higher_order_ops import triton_kernel_wrap as wrap
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -107,7 +108,8 @@ def serves_every_length(op: KernelOp, arguments: tuple[Any, ...]) -> bool:
         moves = [DimDynamic.DYNAMIC if size >= LENGTH else DimDynamic.STATIC for size in carried[place].shape]
         context = StatelessSymbolicContext(dynamic_sizes=moves)
         fakes.append(mode.from_tensor(carried[place], symbolic_context=context))
-    make_fx(body, tracing_mode="real")(*fakes)
+    with mode, enable_python_dispatcher():  # without which some ops refuse symbolic sizes
+        make_fx(body, tracing_mode="real")(*fakes)
     return all(limit.upper > 2**40 for limit in shapes.var_to_range.values()) and not any(
         value.is_number for value in shapes.replacements.values()
     )
@@ -133,7 +135,7 @@ def launches(op: KernelOp, arguments: tuple[Any, ...]) -> Iterator[Launch]:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        fakes = [_on_cuda(arguments[place]) for place in where]
+        fakes = [_fake(arguments[place]) for place in where]
         graph = make_fx(body, tracing_mode="real")(*fakes).graph
     own = {_memory(place.meta["val"]) for place in graph.find_nodes(op="placeholder")}
     for node in graph.nodes:
@@ -145,8 +147,8 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _on_cuda(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 def _launch(given: Any, own: set[int]) -> Launch:
