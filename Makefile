@@ -8,9 +8,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models of the tests are tiny: threads would only wait for each other, so processes share out the files instead.
 PYTEST := -m pytest -n 2 --dist loadscope
-test test-all test-min models check: export OMP_NUM_THREADS ?= 1
+test test-all test-min models resources check: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all test-min models check fmt types clean
+.PHONY: help demo test test-all test-min models resources check fmt types clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  \1|\2/p' Makefile | column -t -s '|'
@@ -29,6 +29,9 @@ test-min: .venv-min/.installed  ## run the tests with the oldest supported trans
 
 models: .venv/.installed  ## write docs/models.md: what each family of models was found to do
 	KVFX_WRITE_MODELS=1 $(RUN) -m pytest -m "" -k page_of_models tests
+
+resources: .venv/.installed  ## write benchmarks/results/kernel_resources.csv: what kernels take of each chip
+	KVFX_WRITE_RESOURCES=1 $(RUN) -m pytest -m "" -k of_every_size_compile tests
 
 check: .venv/.installed types  ## lint, formatting, types, import direction
 	.venv/bin/ruff check

@@ -123,6 +123,7 @@ class Explanation:
             "sites": [site.as_dict() | {"budget": self.budget(site)} for site in self.report.sites],
             "refusals": [asdict(refusal) for refusal in self.refusals],
             "leftovers": self.report.leftovers,
+            "lowered": self.report.lowered,
             "seconds": self.report.seconds,
             "versions": {"kvfx": kvfx.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
@@ -174,6 +175,12 @@ class Explanation:
                     grid.add_row(Text(name), Text(text))
         return grid
 
+    def forms(self) -> str:
+        """Which kernels gave way to their references, and why; empty where none did."""
+        elsewhere = ("triton", "reference: asked for", "reference: tensors are on cpu", "reference: tensors are on meta")
+        plain = [f"{op} runs its {form}" for op, form in self.report.lowered.items() if form not in elsewhere]
+        return "\n".join(plain)
+
     def leftovers(self) -> str:
         """What stands in the graph instead of attention, or nothing if attention was found."""
         if self.report.sites:
@@ -185,7 +192,7 @@ class Explanation:
         yield self.found() if self.report.sites else Text(self.title, "italic")
         if self.refusals:
             yield self.refused()
-        yield from (Text(line) for line in (self.competition(), self.leftovers(), self.remark) if line)
+        yield from (Text(line) for line in (self.competition(), self.forms(), self.leftovers(), self.remark) if line)
         yield ""
 
     def __str__(self) -> str:

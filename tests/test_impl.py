@@ -8,11 +8,18 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import kvfx
 from decoding import fresh_llama, llama, ones, tokens
 from forms import DEVICE
+from kvfx.kernels import OPS
+from kvfx.passes.lower import lower
+from kvfx.passes.plan import Plan
+from kvfx.passes.report import Report
+from kvfx.passes.traced_op import call_op
 from yardstick import assert_within_rounding
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="benchmarks/gpu.py runs models on CUDA; here the interpreter does")
@@ -58,8 +65,39 @@ def test_a_kernel_that_does_not_take_a_shape_is_an_error_where_kernels_are_asked
     expected = r"LlamaForCausalLM: impl='triton', but the kernel of key_norm cannot run .*: 260 channels are more than 256"
     with pytest.raises(kvfx.KernelUnavailable, match=expected):
         model.compress(tokens(1, LENGTH))
-    cache = kvfx.compile(wide, "knorm:0.5", backend="eager").compress(tokens(1, LENGTH))
+    by_default = kvfx.compile(wide, "knorm:0.5", backend="eager")
+    cache = by_default.compress(tokens(1, LENGTH))
     assert cache.layers[0].keys.shape[2] == LENGTH // 2
+
+
+def lowered(device: str, channels: int, impl: str) -> tuple[fx.GraphModule, Report]:
+    """A graph of one `key_norm` after the pass `lower`."""
+    graph, report = fx.Graph(), Report()
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        key = graph.placeholder("key")
+        key.meta["val"] = torch.empty(2, 3, 50, channels, device=device)
+        graph.output(call_op(graph, report.traces, "key_norm", key))
+    module = fx.GraphModule({}, graph)
+    lower(module, Plan(None, impl=impl), report)
+    return module, report
+
+
+@pytest.mark.parametrize(
+    ("device", "channels", "impl", "form"),
+    [
+        ("cuda", 64, "auto", "triton"),
+        ("cuda", 64, "triton", "triton"),
+        ("cuda", 64, "reference", "reference: asked for"),
+        ("cuda", 260, "auto", "reference: 260 channels are more than 256"),
+        ("cpu", 64, "auto", "reference: tensors are on cpu"),
+    ],
+)
+def test_on_cuda_an_op_becomes_its_kernel_and_elsewhere_its_reference(device, channels, impl, form):
+    module, report = lowered(device, channels, impl)
+    assert report.lowered == {"key_norm": form}
+    ops = {node.target for node in module.graph.nodes if node.op == "call_function"}
+    assert (OPS["key_norm"].kernel in ops) == (form == "triton")
+    assert OPS["key_norm"].overload not in ops
 
 
 def test_an_unknown_impl_is_refused():
