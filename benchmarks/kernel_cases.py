@@ -37,6 +37,14 @@ class Sizes:
         """[B, Hq, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv * self.dims.G, self.dims.S, self.dims.D)
 
+    def scores(self) -> Tensor:
+        """[B, Hkv, S] float32, whatever the precision of the keys."""
+        return torch.randn(self.dims.B, self.dims.Hkv, self.dims.S, device=self.device)
+
+    def kept(self) -> int:
+        """Half of the tokens."""
+        return self.dims.S // 2
+
 
 @dataclass(frozen=True)
 class Case:
@@ -63,6 +71,7 @@ class Case:
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
     "key_diff": lambda sizes: (sizes.keys(), None),
+    "select": lambda sizes: (sizes.scores(), sizes.kept(), None),
 }
 
 SIZES = {

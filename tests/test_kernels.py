@@ -354,16 +354,17 @@ def test_protect_marks_the_ends_of_each_row(case, sinks, recent):
         assert torch.equal(actual[b], expected)
 
 
+@forms("select")
 @given(cases(), st.data(), st.booleans(), st.integers(1, 4))
 @many
-def test_select_is_a_stable_sort_that_keeps_the_earlier_of_equals(case, data, per_row, levels):
+def test_select_is_a_stable_sort_that_keeps_the_earlier_of_equals(op, case, data, per_row, levels):
     B, H, _, S, _ = case.dims
     generator = torch.Generator().manual_seed(case.seed)
     scores = torch.randint(levels, (B, H, S), generator=generator).to(case.dtype)  # full of ties; one level: all equal
     scores = scores.masked_fill(scores == 3, torch.inf)
     count = data.draw(st.integers(1, S))
     counts = torch.tensor(data.draw(st.lists(st.integers(0, count), min_size=B, max_size=B))) if per_row else None
-    assert torch.equal(kvfx.select(scores, count, counts), slow_select(scores, count, counts))
+    assert torch.equal(op(scores, count, counts), slow_select(scores, count, counts))
 
 
 @given(cases(), st.booleans())
