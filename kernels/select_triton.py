@@ -1,9 +1,9 @@
 """Choose the slots to keep: the threshold of each row digit by digit, then its winners to their places.
 
 Scores become integers of the same order. The threshold, which is the smallest winner, is found from its highest digit down: count
-the digits of all scores that agree with it so far, and see in which the last winner falls. A row is cut into pieces, each counted by
-a program of its own, so that few rows occupy a whole chip; what pieces count is added up by the programs of the next launch. Nothing
-is added atomically in memory, and no launch waits for another within itself.
+the digits of all scores that agree with it so far, and see in which the last winner falls. A row is cut into pieces, each counted
+by a program of its own, so that few rows occupy a whole chip; what pieces count is added up by the programs of the next launch.
+Nothing is added atomically in memory, and no program waits for another of its launch.
 """
 
 import torch
@@ -17,7 +17,9 @@ from .tiles_triton import DTYPES
 TILE = 2048  # scores looked at together; below 2^15, so that two counts fit one integer
 PROGRAMS = 256  # about how many there are of a launch, where rows are long: two for each multiprocessor
 DIGITS = (24, 16, 8, 0)  # lowest bits of the digits, highest digit first
-BINS = tl.constexpr(256)  # of a digit. Some versions of Triton count with a popcount for every 32 bins, which makes more of them slow
+BINS = tl.constexpr(
+    256
+)  # of a digit. Some versions of Triton count with a popcount for every 32 bins, which makes more of them slow
 GROUP = tl.constexpr(32)  # pieces whose counts are read together
 
 
@@ -90,9 +92,9 @@ def _launch(scores: Tensor, count: int, counts: Tensor | None, out: Tensor, mark
 def _ordered(score_ptr, place, live, stride_u, stride_s, UNITS: tl.constexpr):
     """Scores as unsigned integers of the same order."""
     offset = (place // UNITS).to(tl.int64) * stride_s + (place % UNITS).to(tl.int64) * stride_u
-    score = tl.load(score_ptr + offset, mask=live, other=0.0).to(tl.float32)
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.uint32, bitcast=True)  # one zero
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    bits = tl.load(score_ptr + offset, mask=live, other=0.0).to(tl.float32).to(tl.uint32, bitcast=True)
+    negative = bits > 0x80000000  # and not -0, which equals 0
+    return tl.where(negative, ~bits, bits | 0x80000000)
 
 
 @triton.jit
