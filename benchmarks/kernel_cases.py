@@ -94,6 +94,8 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "compact": lambda sizes: (sizes.keys(), sizes.keys(), sizes.positions(), sizes.slots(sizes.dims.Hkv, sizes.kept()), False),
     "pack": lambda sizes: (*sizes.pool(), sizes.keys(), sizes.keys(), sizes.positions(), *sizes.written()),
     "select": lambda sizes: (sizes.scores(), sizes.kept(), None),
+    "select_heads": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 5, 1, 1, 2),
+    "splice": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 2),
 }
 
 SIZES = {
