@@ -31,7 +31,7 @@ def select_heads(
     lengths = chosen.sum(-1)
     if then is not None:
         share = (lengths * share_numerator // share_denominator).clamp(min=min(share_numerator, 1)).minimum(lengths)
-        turn = then.masked_fill(best(first, tokens, share.maximum(sure[:, None])), torch.inf)
+        turn = then.masked_fill(best(first, tokens, share.maximum(sure.unsqueeze(1))), torch.inf)
         chosen = best(turn, tokens, lengths)
     places = count * heads
     flat = chosen.flatten(1)

@@ -15,7 +15,7 @@ from torch.library import wrap_triton
 from .tiles_triton import DTYPES
 
 TILE = 2048  # scores looked at together; below 2^15, so that two counts fit one integer
-PROGRAMS = 256  # about how many there are of a launch, where rows are long: two for each multiprocessor
+PROGRAMS = 256  # about how many there are of a launch, where rows are long: two for each multiprocessor. At most BINS
 DIGITS = (24, 16, 8, 0)  # lowest bits of the digits, highest digit first
 BINS = tl.constexpr(
     256
@@ -35,9 +35,11 @@ def select(scores: Tensor, count: int, counts: Tensor | None) -> Tensor:
 
     Floor: 4 bytes read per score and launch, 20 in all, and 8 written per winner. Scores of up to 50 MB stay in the L2 cache.
     """
-    slots = scores.new_empty((*scores.shape[:2], count), dtype=torch.int64)
+    batch, heads, _ = scores.shape
+    # One more than needed, as the reference has: of `count` tracing would ask whether it is 1.
+    slots = scores.new_empty((batch, heads, count + 1), dtype=torch.int64)
     _launch(scores.unsqueeze(2), count, counts, slots, False)
-    return slots
+    return slots.narrow(2, 0, count)
 
 
 def best(scores: Tensor, count: int, counts: Tensor | None) -> Tensor:
@@ -73,18 +75,17 @@ def _launch(scores: Tensor, count: int, counts: Tensor | None, out: Tensor, mark
     tiles = triton.cdiv(places, TILE)
     pieces = torch.sym_min(tiles, torch.sym_max(1, PROGRAMS // rows))
     span = triton.cdiv(tiles, pieces)
-    tables = scores.new_empty((len(DIGITS), rows, pieces, BINS.value), dtype=torch.int32)
-    states = scores.new_empty((len(DIGITS), rows, 2), dtype=torch.int32)
-    above = scores.new_empty((rows, pieces), dtype=torch.int32)
+    # One vector, whatever the shapes in it: of more axes tracing would ask whether the number of pieces is 1.
+    scratch = scores.new_empty((rows * (len(DIGITS) * pieces + 2) * BINS.value,), dtype=torch.int32)
     by_row = (0, 0) if counts is None else (counts.stride(0), counts.stride(1) if counts.dim() == 2 else 0)
-    given = (*scores.stride(), heads, places, rows, pieces, span)
+    given = (*scores.stride(), heads, places, pieces, span)
     fixed = {"UNITS": units, "TILE": TILE, "num_warps": 8}
     for shift in DIGITS:
         wrap_triton(_digit_kernel)[(rows * pieces,)](
-            scores, counts, tables, states, above, count, *by_row, *given, SHIFT=shift, COUNTED=counts is not None, **fixed
+            scores, counts, scratch, count, *by_row, *given, SHIFT=shift, COUNTED=counts is not None, **fixed
         )
     wrap_triton(_write_kernel)[(rows * pieces,)](
-        scores, counts, tables, states, above, out, count, *by_row, *given, COUNTED=counts is not None, MARK=mark, **fixed
+        scores, counts, scratch, out, count, *by_row, *given, COUNTED=counts is not None, MARK=mark, **fixed
     )
 
 
@@ -103,7 +104,16 @@ def _kept(counts_ptr, count, stride_row, stride_head, row, heads, COUNTED: tl.co
     kept = count
     if COUNTED:
         kept = tl.load(counts_ptr + row // heads * stride_row + row % heads * stride_head)
-    return kept.to(tl.int32)
+    return tl.cast(kept, tl.int32)  # `count` has no methods where it is 1
+
+
+@triton.jit
+def _scratch(scratch_ptr, row, pieces, SHIFT: tl.constexpr):
+    """Where stand, of a row: what its pieces count of a digit, the threshold before that digit, and scores above it by piece."""
+    row_ptr = scratch_ptr + row * (4 * pieces + 2) * BINS
+    level: tl.constexpr = 3 - SHIFT // 8
+    above_ptr = row_ptr + 4 * pieces * BINS
+    return row_ptr + level * pieces * BINS, above_ptr + BINS + 2 * level, above_ptr
 
 
 @triton.jit
@@ -132,20 +142,19 @@ def _narrowed(state_ptr, every, SHIFT: tl.constexpr):
 
 @triton.jit
 def _digit_kernel(
-    score_ptr, counts_ptr, table_ptr, state_ptr, above_ptr, count, stride_row, stride_head,
-    stride_b, stride_h, stride_u, stride_s, heads, places, rows, pieces, span,
+    score_ptr, counts_ptr, scratch_ptr, count, stride_row, stride_head,
+    stride_b, stride_h, stride_u, stride_s, heads, places, pieces, span,
     SHIFT: tl.constexpr, COUNTED: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row, piece = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
-    level: tl.constexpr = 3 - SHIFT // 8
-    state_ptr += (level * rows + row) * 2
-    table_ptr += (level * rows + row) * pieces * BINS
+    table_ptr, state_ptr, above_ptr = _scratch(scratch_ptr, row, pieces, SHIFT)
     threshold = tl.zeros((), tl.uint32)
     if SHIFT == 24:
         rest = _kept(counts_ptr, count, stride_row, stride_head, row, heads, COUNTED)
     else:  # what the launch before has counted
-        every, _ = _counted(table_ptr - rows * pieces * BINS, pieces, 0)
-        threshold, _, rest = _narrowed(state_ptr - rows * 2, every, SHIFT + 8)
+        earlier_table, earlier_state, _ = _scratch(scratch_ptr, row, pieces, SHIFT + 8)
+        every, _ = _counted(earlier_table, pieces, 0)
+        threshold, _, rest = _narrowed(earlier_state, every, SHIFT + 8)
     if piece == 0:
         tl.store(state_ptr, threshold.to(tl.int32, bitcast=True))
         tl.store(state_ptr + 1, rest)
@@ -163,30 +172,31 @@ def _digit_kernel(
             above += tl.sum((live & (key >> 8 > threshold >> 8)).to(tl.int32), 0)
     tl.store(table_ptr + piece * BINS + tl.arange(0, BINS), counted)
     if SHIFT == 0:
-        tl.store(above_ptr + row * pieces + piece, above)
+        tl.store(above_ptr + piece, above)
 
 
 @triton.jit
 def _write_kernel(
-    score_ptr, counts_ptr, table_ptr, state_ptr, above_ptr, out_ptr, count, stride_row, stride_head,
-    stride_b, stride_h, stride_u, stride_s, heads, places, rows, pieces, span,
+    score_ptr, counts_ptr, scratch_ptr, out_ptr, count, stride_row, stride_head,
+    stride_b, stride_h, stride_u, stride_s, heads, places, pieces, span,
     COUNTED: tl.constexpr, MARK: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row, piece = (tl.program_id(0) // pieces).to(tl.int64), tl.program_id(0) % pieces
-    every, before = _counted(table_ptr + (3 * rows + row) * pieces * BINS, pieces, piece)
-    threshold, last, rest = _narrowed(state_ptr + (3 * rows + row) * 2, every, 0)
+    table_ptr, state_ptr, above_ptr = _scratch(scratch_ptr, row, pieces, 0)
+    every, before = _counted(table_ptr, pieces, piece)
+    threshold, last, rest = _narrowed(state_ptr, every, 0)
     digit = tl.arange(0, BINS)
     # Winners of the pieces before this one: those above the threshold, and those equal to it, of which `rest` win.
     equal = tl.sum(tl.where(digit == last, before, 0), 0)
     above = tl.sum(tl.where(digit > last, before, 0), 0)
     for first in range(0, pieces, GROUP):
         other = first + tl.arange(0, GROUP)
-        above += tl.sum(tl.load(above_ptr + row * pieces + other, mask=other < piece, other=0), 0)
+        above += tl.sum(tl.load(above_ptr + other, mask=other < piece, other=0), 0)
     if MARK:
         out_ptr += row * places
     else:
         empty = count - _kept(counts_ptr, count, stride_row, stride_head, row, heads, COUNTED)
-        out_ptr += row * count
+        out_ptr += row * (count + 1)
     score_ptr += row // heads * stride_b + row % heads * stride_h
     for tile in range(span):
         place = (piece * span + tile) * TILE + tl.arange(0, TILE)
