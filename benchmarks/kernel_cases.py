@@ -46,6 +46,34 @@ class Sizes:
         """[B, Hq, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv * self.dims.G, self.dims.S, self.dims.D)
 
+    def scores(self) -> Tensor:
+        """[B, Hkv, S] float32, whatever the precision of the keys."""
+        return torch.randn(self.dims.B, self.dims.Hkv, self.dims.S, device=self.device)
+
+    def positions(self) -> Tensor:
+        """[B, S] int32."""
+        return torch.arange(self.dims.S, dtype=torch.int32, device=self.device).repeat(self.dims.B, 1)
+
+    def slots(self, heads: int, count: int) -> Tensor:
+        """The first of each head, [B, heads, count] int64."""
+        return torch.arange(count, device=self.device).repeat(self.dims.B, heads, 1)
+
+    def pool(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and positions of as many blocks of 16 slots as hold all, and one more."""
+        blocks = self.dims.B * self.dims.Hkv * self.dims.S // 16 + 1
+        return self.tensor(blocks, 16, self.dims.D), self.tensor(blocks, 16, self.dims.D), self.tensor(blocks, 16).int()
+
+    def written(self) -> tuple[Tensor, Tensor]:
+        """Half of the tokens of all heads, and their places in the pool, [B, M] int64."""
+        count = self.dims.Hkv * self.kept()
+        return self.slots(1, count)[:, 0], torch.arange(16, 16 + self.dims.B * count, device=self.device).reshape(
+            self.dims.B, count
+        )
+
+    def kept(self) -> int:
+        """Half of the tokens."""
+        return self.dims.S // 2
+
 
 @dataclass(frozen=True)
 class Case:
@@ -73,6 +101,11 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
     "zscore": lambda sizes: (sizes.scores(), None, 8, 4),
     "key_diff": lambda sizes: (sizes.keys(), None),
+    "compact": lambda sizes: (sizes.keys(), sizes.keys(), sizes.positions(), sizes.slots(sizes.dims.Hkv, sizes.kept()), False),
+    "pack": lambda sizes: (*sizes.pool(), sizes.keys(), sizes.keys(), sizes.positions(), *sizes.written()),
+    "select": lambda sizes: (sizes.scores(), sizes.kept(), None),
+    "select_heads": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 5, 1, 1, 2),
+    "splice": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 2),
 }
 
 SIZES = {

@@ -47,5 +47,6 @@ OP = KernelOp(
     "(Tensor key, Tensor value, Tensor positions, Tensor slots, bool padded) -> (Tensor, Tensor, Tensor)",
     compact,
     _inputs,
+    triton="compact_triton:compact",
     cost="reads and writes 2*B*Hkv*n*D elements",
 )

@@ -63,6 +63,11 @@ class KernelOp:
         """The registered operator, as it stands in a graph."""
         return getattr(torch.ops.kvfx, self.name).default
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Names of the arguments that the operator writes to; then it returns nothing."""
+        return tuple(argument.name for argument in self.overload._schema.arguments if argument.is_write)
+
     @functools.cached_property
     def kernel(self) -> torch._ops.OpOverload:
         """The Triton form, `torch.ops.kvfx.<name>_triton`: the same arguments, the same answer, on CUDA.
@@ -75,7 +80,7 @@ class KernelOp:
         """
         name = f"{self.name}_triton"
         if not hasattr(torch.ops.kvfx, name):
-            torch.library.triton_op(f"kvfx::{name}", getattr(self._module, self.name), mutates_args=())
+            torch.library.triton_op(f"kvfx::{name}", getattr(self._module, self.name), mutates_args=self.written)
         return getattr(torch.ops.kvfx, name).default
 
     def unavailable(self, device: torch.device) -> str | None:

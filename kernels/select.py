@@ -61,5 +61,6 @@ OP = KernelOp(
     "(Tensor scores, SymInt count, Tensor? counts) -> Tensor",
     select,
     _inputs,
+    triton="select_triton:select",
     cost="one top-k over B*Hkv rows of S",
 )

@@ -72,5 +72,6 @@ OP = KernelOp(
     " int share_numerator, int share_denominator) -> (Tensor, Tensor)",
     select_heads,
     _inputs,
+    triton="select_heads_triton:select_heads",
     cost="one top-k over B rows of Hkv*S, and over B*Hkv rows of S where there is a floor; two more with `then`",
 )

@@ -44,5 +44,6 @@ OP = KernelOp(
     "(Tensor first, Tensor then, SymInt count, Tensor? counts, int numerator, int denominator) -> Tensor",
     splice,
     _inputs,
+    triton="splice_triton:splice",
     cost="one top-k over B*Hkv rows of S",
 )

@@ -102,11 +102,7 @@ class RaggedSlots(SlotCache):
         )  # fmt: skip
         tokens, size = key.shape[2], keys.shape[1]
         slot = torch.ops.kvfx.place(chosen, kept, lengths[place], table[place], fresh[place], tokens, size)  # type: ignore[index]
-        row, pair = torch.arange(key.shape[0], device=key.device)[:, None], chosen.clamp(min=0)
-        head, token, target = pair // tokens, pair % tokens, (slot // size, slot % size)
-        keys.index_put_(target, key[row, head, token])
-        values.index_put_(target, value[row, head, token])
-        positions.index_put_(target, self.positions[row, token])
+        torch.ops.kvfx.pack(keys, values, positions, key, value, self.positions, chosen, slot)
         self.kept[index], self.layers[index].finite = kept, finite
 
     def end(self, seen: Tensor) -> None:
@@ -120,9 +116,10 @@ class RaggedSlots(SlotCache):
             batch, length, size = new_keys.shape[1], new_keys.shape[3], keys.shape[1]
             real = torch.ones(batch, length, dtype=torch.long, device=keys.device) if self.valid is None else self.valid.long()
             at = lengths[..., None] + (real.cumsum(-1) - 1)[:, None]  # [L, B, Hkv, S]
-            block = table.long().gather(3, (at // size).clamp(0, table.shape[3] - 1)) * real[:, None]  # padding goes to nobody's
-            target = block, at % size
-            keys.index_put_(target, new_keys)
-            values.index_put_(target, new_values)
-            positions.index_put_(target, self.positions[:, None].expand(-1, lengths.shape[2], -1).expand_as(block))
+            block = table.long().gather(3, (at // size).clamp(0, table.shape[3] - 1))
+            slots = torch.arange(at[0, 0].numel(), device=at.device).view(at.shape[2:]).where(real[:, None] > 0, -1)
+            torch.ops.kvfx.pack(
+                keys, values, positions, new_keys.flatten(0, 1), new_values.flatten(0, 1), self.positions.repeat(len(mine), 1),
+                slots.repeat(len(mine), 1, 1).flatten(1), (block * size + at % size).flatten(0, 1).flatten(1),
+            )  # fmt: skip
             lengths.add_(real.sum(-1)[:, None])

@@ -112,6 +112,9 @@ def to_aten(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMod
     for node, source, example in zip(aten.graph.find_nodes(op="placeholder"), sources, example_inputs, strict=True):
         node.meta["source"] = source() if callable(source) else source
         node.meta["is_parameter"] = isinstance(example, torch.nn.Parameter)
+    for node in aten.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
+            node.meta["val"] = None  # it writes to its arguments, or checks them
     for node in aten.graph.find_nodes(op="call_function", target=torch.ops.aten.type_as.default):
         node.target, (tensor, like) = torch.ops.aten.to.dtype, node.args  # which would look as if it read the values of `like`
         node.args = (tensor, like.meta["val"].dtype)

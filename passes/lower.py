@@ -39,7 +39,9 @@ def lower(module: fx.GraphModule, plan: Plan, report: Report) -> None:
             continue
         inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
         result = inline(module.graph, trace_of(report.traces, name, node.args), inputs, before=node)
-        if isinstance(result, (tuple, list)):
+        if result is None:  # it writes to its arguments
+            module.graph.erase_node(node)
+        elif isinstance(result, (tuple, list)):
             replace_outputs(node, result)
         else:
             replace(node, result)

@@ -355,28 +355,30 @@ def test_protect_marks_the_ends_of_each_row(case, sinks, recent):
         assert torch.equal(actual[b], expected)
 
 
+@forms("select")
 @given(cases(), st.data(), st.booleans(), st.integers(1, 4))
 @many
-def test_select_is_a_stable_sort_that_keeps_the_earlier_of_equals(case, data, per_row, levels):
+def test_select_is_a_stable_sort_that_keeps_the_earlier_of_equals(op, case, data, per_row, levels):
     B, H, _, S, _ = case.dims
     generator = torch.Generator().manual_seed(case.seed)
     scores = torch.randint(levels, (B, H, S), generator=generator).to(case.dtype)  # full of ties; one level: all equal
     scores = scores.masked_fill(scores == 3, torch.inf)
     count = data.draw(st.integers(1, S))
     counts = torch.tensor(data.draw(st.lists(st.integers(0, count), min_size=B, max_size=B))) if per_row else None
-    assert torch.equal(kvfx.select(scores, count, counts), slow_select(scores, count, counts))
+    assert torch.equal(op(scores, count, counts), slow_select(scores, count, counts))
 
 
+@forms("compact")
 @given(cases(), st.booleans())
 @many
-def test_compact_copies_bits_and_leaves_zeros_where_nothing_was_chosen(case, padded):
+def test_compact_copies_bits_and_leaves_zeros_where_nothing_was_chosen(op, case, padded):
     B, H, _, S, D = case.dims
     key, value = case._replace(padding="none").draw((B, H, S, D), (B, H, S, D + 1))
     for x in (key, value):
         x[..., 0], x[..., 1], x[..., 2] = -0.0, torch.inf, torch.finfo(case.dtype).tiny / 2  # bits must survive
     positions = torch.arange(S, dtype=torch.int32).repeat(B, 1) + 1000
     slots = torch.randint(-1 if padded else 0, S, (B, H, (S + 1) // 2), generator=torch.Generator().manual_seed(case.seed))
-    keys, values, kept = kvfx.compact(key, value, positions, slots, padded)
+    keys, values, kept = op(key, value, positions, slots, padded)
     assert all(x.is_contiguous() for x in (keys, values, kept))
     assert kept.dtype == torch.int32
     bits = torch.int32 if case.dtype == torch.float32 else torch.int16
@@ -597,14 +599,20 @@ def replaced(items: list, index: int, item) -> list:
     return [*items[:index], item, *items[index + 1 :]]
 
 
+def answers(op, arguments) -> list[Tensor]:
+    """What an operator returns, or leaves in what it writes to; `arguments` stay as they are."""
+    closed, tensors = over_tensors(op, op.overload, list(arguments), follow=False)
+    return tree_leaves(closed(*tensors))
+
+
 def rows_are_independent(op) -> bool:
     """Say whether batch rows are apart: not where statistics run over the batch, or where rows share a pool and a list of work."""
-    return op.name not in ("kvpress_compactor", "place", "ragged_attention")
+    return op.name not in ("kvpress_compactor", "place", "pack", "ragged_attention")
 
 
 def numbers_heads(op) -> bool:
     """Say whether an answer counts or numbers the heads, so that it does not simply move with them."""
-    return op.name in ("random", "allocate", "select_heads", "place", "ragged_attention")
+    return op.name in ("random", "allocate", "select_heads", "place", "pack", "ragged_attention")
 
 
 @pytest.mark.parametrize("op", OP_LIST, ids=str)
@@ -636,8 +644,7 @@ def test_finite_input_never_gives_nan(op, dtype):
     for tokens, size in itertools.product((2, 17, 40), (0.0, 1e-4, 1.0, 300.0)):
         for _, arguments in variants(op, Dims(S=tokens), dtype):
             scaled = [x * size if isinstance(x, Tensor) and x.dtype == dtype else x for x in arguments]
-            outputs = tree_leaves(op.overload(*scaled))
-            assert not any(x.isnan().any() for x in outputs)
+            assert not any(x.isnan().any() for x in answers(op, scaled))
 
 
 @pytest.mark.parametrize("op", [op for op in OP_LIST if rows_are_independent(op)], ids=str)
@@ -670,12 +677,16 @@ def test_permuted_heads_give_permuted_answers(op):
             assert_within_rounding(actual, expected, expected.double())
 
 
-def over_tensors(op, function, arguments: list):
-    """Close function over all but the tensors; a `count` follows the length, as a budget makes it follow, and so do `tokens`."""
-    tokens = [i for i, name in enumerate(argument_names(op)) if name == "tokens"]
+def over_tensors(op, function, arguments: list, follow: bool = True):
+    """Close function over all but the tensors; a `count` follows the length, as a budget makes it follow, and so do `tokens`.
+
+    What it writes to are copies, which it then returns.
+    """
+    tokens = [i for i, name in enumerate(argument_names(op)) if name == "tokens" and follow]
     arguments = [torch.empty(x, 0) if i in tokens else x for i, x in enumerate(arguments)]  # a size is an axis of a tensor
     where = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-    counts = [i for i, name in enumerate(argument_names(op)) if name == "count"]
+    counts = [i for i, name in enumerate(argument_names(op)) if name == "count" and follow]
+    written = [argument_names(op).index(name) for name in op.written]
 
     def closed(*tensors):
         full = list(arguments)
@@ -683,7 +694,10 @@ def over_tensors(op, function, arguments: list):
             full[i] = x.shape[0] if i in tokens else x
         for i in counts:
             full[i] = (tensors[0].shape[2] + 1) // 2
-        return function(*full)
+        for i in written:
+            full[i] = full[i].clone()
+        returned = function(*full)
+        return [full[i] for i in written] if written else returned
 
     return closed, [arguments[i] for i in where]
 
@@ -714,8 +728,8 @@ def test_one_trace_serves_every_length(op, pre_dispatch):
         assert all(limit.upper > 2**40 for limit in mode.shape_env.var_to_range.values())
         for length in (1, 2, 15, 16, 17, 35, 48, 64):
             other = dict(variants(op, dims._replace(S=length)))[form]
-            expected, actual = op.overload(*other), graph(*over_tensors(op, op.overload, other)[1])
-            for x, y in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
+            expected, actual = answers(op, other), graph(*over_tensors(op, op.overload, other)[1])
+            for x, y in zip(expected, tree_leaves(actual), strict=True):
                 assert_within_rounding(y, x, x.double())
 
 

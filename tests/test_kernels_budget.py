@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from forms import forms
 from kvfx.algebra import Splice
 from kvfx.kernels import OPS
 from kvfx.policy import Policy
@@ -96,12 +97,13 @@ def test_no_unit_wins_more_than_the_most_that_it_may(case, most):
         assert max(numbers) <= most
 
 
+@forms("select_heads")
 @given(rows(turns=2), FLOORS, st.integers(0, 3), st.sampled_from([None, Fraction(0), Fraction(1, 3), Fraction(1, 2), Fraction(1)]))
 @many
-def test_heads_keep_the_best_of_the_layer_each_by_its_own_number(case, floor, least, share):
+def test_heads_keep_the_best_of_the_layer_each_by_its_own_number(op, case, floor, least, share):
     (first, then), valid, count, counts = case
     share, then = (share, then) if share is not None else (Fraction(0), None)
-    slots, lengths = select_heads(
+    slots, lengths = op(
         first, then, count, asked(counts), floor.numerator, floor.denominator, least, share.numerator, share.denominator
     )
     batch, heads, tokens = first.shape
@@ -132,6 +134,18 @@ def test_a_row_chooses_as_it_chooses_alone(case, floor, spliced):
             held = slots[row][slots[row] >= 0]
             assert torch.equal(held, alone[0][0])
             assert torch.equal(lengths[row], alone[1][0])
+
+
+@forms("select_heads")
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_heads_of_a_long_row_keep_the_best_of_the_layer(op, levels):
+    """Of equal scores the earlier token's wins, then the lower head's."""
+    first = torch.randint(levels, (1, 3, 3000), generator=torch.Generator().manual_seed(levels)).float()
+    slots, lengths = op(first, None, 1100, None, 0, 1, 0, 0, 1)
+    by_token = first.transpose(1, 2).flatten().sort(descending=True, stable=True).indices[:3300]
+    expected = (by_token % 3 * 3000 + by_token // 3).sort().values
+    assert torch.equal(slots[0], expected)
+    assert lengths[0].tolist() == [int((expected // 3000 == head).sum()) for head in range(3)]
 
 
 def test_heads_in_another_order_keep_the_same_tokens():

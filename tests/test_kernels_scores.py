@@ -413,9 +413,10 @@ def slow_splice(first, then, kept: list[int], share: Fraction) -> list[list[set[
 SHARES = st.sampled_from([Fraction(0), Fraction(1, 3), Fraction(1, 2), Fraction("0.999999999"), Fraction(1)])
 
 
+@forms("splice")
 @given(cases(), st.data(), st.booleans(), SHARES, st.integers(0, 3), st.integers(0, 3))
 @many
-def test_splice_keeps_the_share_of_one_score_and_the_rest_of_the_other(case, data, levels, share, sinks, recent):
+def test_splice_keeps_the_share_of_one_score_and_the_rest_of_the_other(op, case, data, levels, share, sinks, recent):
     B, H, _, S, _ = case.dims
     first, then = case._replace(dtype=torch.float32).draw((B, H, S), (B, H, S))
     if levels:  # full of ties
@@ -430,7 +431,7 @@ def test_splice_keeps_the_share_of_one_score_and_the_rest_of_the_other(case, dat
         kept, counts = [max(kept)] * B, None
         count = kept[0]
     a, b = (kvfx.protect(score, valid, sinks, recent)[0] for score in (first, then))
-    scores = kvfx.splice(a, b, count, counts, *share.as_integer_ratio())
+    scores = op(a, b, count, counts, *share.as_integer_ratio())
     slots = kvfx.select(scores, count, counts)
     for row, heads in enumerate(slow_splice(a, b, kept, share)):
         for head, expected in enumerate(heads):
@@ -442,12 +443,13 @@ def test_splice_keeps_the_share_of_one_score_and_the_rest_of_the_other(case, dat
         assert torch.equal(slots, kvfx.select(alone, count, counts))
 
 
-def test_a_large_count_is_shared_without_rounding():
+@forms("splice")
+def test_a_large_count_is_shared_without_rounding(op):
     share = Fraction(999_999_999, 10**9)
     first, then = torch.arange(3000.0).expand(1, 1, -1), -torch.arange(3000.0).expand(1, 1, -1)
-    marked = kvfx.splice(first, then, 2500, None, *share.as_integer_ratio()).isinf().sum()
+    marked = op(first, then, 2500, None, *share.as_integer_ratio()).isinf().sum()
     assert marked == 2499
-    assert kvfx.splice(first, then, 2500, torch.tensor([1]), *share.as_integer_ratio()).isinf().sum() == 1
+    assert op(first, then, 2500, torch.tensor([1]), *share.as_integer_ratio()).isinf().sum() == 1
 
 
 # The hook library's window, which knows no padding.
