@@ -10,13 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from forms import Form, forms
 from kvfx.kernels import OPS
 from kvfx.work_list import NOWHERE, work_list
 from yardstick import assert_within_rounding
 
 many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 CHUNK = 8
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = ["none", "bool", "additive", "bool per head", "additive per head", "one column"]
 
 
@@ -62,7 +63,7 @@ def cases(draw):
     )
 
 
-def given_of(case: Case, lengths: Tensor | None = None) -> Given:
+def given_of(case: Case, lengths: Tensor | None = None, chunk: int = CHUNK) -> Given:
     """Random extents in a shuffled pool in which all else is NaN."""
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -94,10 +95,10 @@ def given_of(case: Case, lengths: Tensor | None = None) -> Given:
                 block, place = mine[slot // case.block], slot % case.block
                 keys[block, place], values[block, place], positions[block, place] = (x[slot] for x in held)
     query, key, value = (normal(rows, many_heads, case.new, dim) for many_heads in (heads * case.group, heads, heads))
-    work = [part[0] for part in work_list(lengths[None].numpy(), table[None].numpy(), case.block, CHUNK)]
+    work = [part[0] for part in work_list(lengths[None].numpy(), table[None].numpy(), case.block, chunk)]
     sinks = normal(heads * case.group) if case.with_sinks else None
     places = keys, values, positions, table, lengths, *work, case.text - seen
-    return Given([query, key, value, mask_of(case, generator), *places, CHUNK, None, case.softcap, sinks], kept)
+    return Given([query, key, value, mask_of(case, generator), *places, chunk, None, case.softcap, sinks], kept)
 
 
 def mask_of(case: Case, generator: torch.Generator) -> Tensor | None:
@@ -140,45 +141,46 @@ def slow(given: Given, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def attend(given: Given) -> Tensor:
-    return torch.ops.kvfx.ragged_attention(*given.arguments)
-
-
-def check(case: Case, given: Given) -> None:
+def check(op: Form, case: Case, given: Given) -> None:
     """A single query is worked out in float32, several in the precision of the queries."""
     low = slow(given, torch.float32 if case.new == 1 else case.dtype).to(case.dtype)
-    assert_within_rounding(attend(given), low, slow(given, torch.float64))
+    assert_within_rounding(op(*given.arguments), low, slow(given, torch.float64))
 
 
+@forms("ragged_attention")
 @given(cases())
 @many
-def test_every_query_attends_to_what_its_head_holds_and_to_nothing_else(case):
-    check(case, given_of(case))
+def test_every_query_attends_to_what_its_head_holds_and_to_nothing_else(op, case):
+    case = case._replace(new=1) if op.kernel else case
+    check(op, case, given_of(case))
 
 
 PLAIN = Case(2, 2, 2, 1, 16, 4, 60, torch.float32, "none", None, False, 1)
+REFERENCE, KERNEL = (Form("ragged_attention", kernel) for kernel in (False, True))
+asked = pytest.mark.parametrize(("op", "new"), [(REFERENCE, 1), (REFERENCE, 3), (KERNEL, 1)], ids=str)  # the kernel takes one query
 
 
-@pytest.mark.parametrize("new", [1, 3])
+@asked
 @pytest.mark.parametrize("lengths", [[[0, 0], [0, 0]], [[0, 60], [1, 0]], [[8, 16], [9, 15]]], ids=str)
-def test_extents_may_be_empty_and_differ_wildly(lengths, new):
+def test_extents_may_be_empty_and_differ_wildly(lengths, op, new):
     case = PLAIN._replace(new=new)
-    check(case, given_of(case, torch.tensor(lengths)))
+    check(op, case, given_of(case, torch.tensor(lengths)))
 
 
+@forms("ragged_attention")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows_and_heads_are_as_few(dtype):
+def test_many_rows_and_heads_are_as_few(dtype, op):
     case = Case(4, 8, 4, 1, 16, 8, 200, dtype, "bool", None, False, 5)
     lengths = torch.randint(0, 201, (4, 8), generator=torch.Generator().manual_seed(0))
-    check(case, given_of(case, lengths))
+    check(op, case, given_of(case, lengths))
 
 
-@pytest.mark.parametrize("new", [1, 3])
-def test_a_query_that_sees_nothing_gets_zero(new):
+@asked
+def test_a_query_that_sees_nothing_gets_zero(op, new):
     case = PLAIN._replace(new=new, mask="bool")
     given = given_of(case)
     given.arguments[3] = torch.zeros(1, 1, new, case.text + new, dtype=torch.bool)
-    assert torch.equal(attend(given), torch.zeros_like(given.arguments[0]))
+    assert torch.equal(op(*given.arguments), torch.zeros_like(given.arguments[0]))
 
 
 @given(
