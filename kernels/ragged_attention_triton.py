@@ -8,8 +8,9 @@ from torch.library import wrap_triton
 
 from .tiles_triton import block_of, load_rows, refused
 
-TILE = 16384  # bytes of a tile of keys; so three stages of keys and values leave room for two programs on every chip
-GROUP = 64  # most query heads of a KV head, whose sums are kept in registers
+TILE = 16384  # bytes of a tile of keys
+STAGES = 5  # two for keys and values, because a tile's blocks are asked for two steps before, and one at work
+ROWS = 16  # query heads of a tile, the fewest that matrix units take
 MERGED = 64  # chunks, and channels, of a tile of partial sums
 
 
@@ -21,8 +22,6 @@ def refusal(
     """See `KernelOp.refusal`."""
     if not isinstance(query.shape[2], int) or query.shape[2] != 1:
         return f"{query.shape[2]} queries of each head are not one"
-    if query.shape[1] // key.shape[1] > GROUP:
-        return f"{query.shape[1] // key.shape[1]} query heads of each KV head are more than {GROUP}"
     return refused(query, key, value, pool_keys, pool_values)
 
 
@@ -33,6 +32,8 @@ def ragged_attention(
 ) -> Tensor:  # fmt: skip
     """Launch two kernels: each chunk is attended to, and each query head puts its chunks and the new token together.
 
+    More than 16 query heads of a KV head take turns of 16, which find the chunk in the L2 cache.
+
     The second one takes chunks in the order of `merge`, so that the answer is the same each time. Programs of chunks behind an
     extent's length end at once, and leave nothing that is read.
     Floor: (D + Dv) * itemsize bytes read per slot held. What chunks leave are 4 * G * (Dv + 2) bytes each, written and read once:
@@ -42,8 +43,10 @@ def ragged_attention(
     (batch, asking, _, dim), heads, width, block = query.shape, key.shape[1], value.shape[3], pool_keys.shape[1]
     group, chunks = asking // heads, owner.shape[0]
     block_d, block_v = block_of(dim), block_of(width)
-    # Tiles of the same bytes whatever the channels and their type; a chunk is read in a few steps, of which all may be in flight.
+    # Tiles have as many bytes whatever the channels and their type: two of them, which are a whole chunk of 128 slots in 16 bits, are
+    # in flight at once, and 70 kB a program let three of them share a processor.
     block_s = min(max(16, TILE // (max(block_d, block_v) * pool_keys.element_size())), 128, block_of(chunk))
+    warps = 4 if mask is None and pool_keys.element_size() == 2 else 8  # products in parts, and masks, take more registers
     lengths, owner, first, blocks, merge, shift = (x.contiguous() for x in (lengths, owner, first, blocks, merge, shift))
     sinks = sinks if sinks is None else sinks.contiguous()
     top, total = (query.new_empty((chunks, group), dtype=torch.float32) for _ in range(2))
@@ -51,13 +54,14 @@ def ragged_attention(
 
     seen, stride_mask, mask_options = _mask_of(mask, asking, heads)
     logits = (dim**-0.5 if scale is None else scale, 1.0 if softcap is None else softcap)
-    options = {"CAPPED": softcap is not None, "HEADS": heads, "GROUP": group, "CHUNK": chunk, "num_warps": 4, **mask_options}
+    options = {"CAPPED": softcap is not None, "HEADS": heads, "GROUP": group, "CHUNK": chunk, **mask_options}
     strides = query.stride(0), query.stride(1), query.stride(3)
-    wrap_triton(_chunk_kernel)[(chunks,)](
+    shares = triton.cdiv(group, ROWS)
+    wrap_triton(_chunk_kernel)[(chunks * shares,)](
         query, pool_keys, pool_values, pool_positions, mask, lengths, owner, first, blocks, shift, top, total, part,
         *strides, *pool_keys.stride(), *pool_values.stride(), *pool_positions.stride(), *stride_mask, seen, *logits,
-        SLOTS=block, DIM=dim, WIDTH=width, BLOCK_G=block_of(group), BLOCK_S=block_s, BLOCK_D=block_d, BLOCK_V=block_v,
-        num_stages=3, **options,
+        SLOTS=block, DIM=dim, WIDTH=width, SHARES=shares, BLOCK_G=ROWS, BLOCK_S=block_s, BLOCK_D=block_d, BLOCK_V=block_v,
+        num_warps=warps, num_stages=STAGES, **options,
     )  # fmt: skip
 
     out = query.new_empty((batch, asking, 1, width))
@@ -67,7 +71,8 @@ def ragged_attention(
         query, key, value, mask, sinks, lengths, merge, top, total, part, out,
         *strides, key.stride(0), key.stride(1), key.stride(3), value.stride(0), value.stride(1), value.stride(3),
         *stride_mask, seen, *logits, merge.shape[2],
-        SINKS=sinks is not None, DIM=dim, WIDTH=width, TILES=tiles, BLOCK_C=MERGED, BLOCK_D=block_d, BLOCK_V=block_v, **options,
+        SINKS=sinks is not None, DIM=dim, WIDTH=width, TILES=tiles, BLOCK_C=MERGED, BLOCK_D=block_d, BLOCK_V=block_v,
+        num_warps=4, **options,
     )  # fmt: skip
     return out
 
@@ -141,15 +146,15 @@ def _chunk_kernel(
     stride_mb, stride_mh, stride_mg, stride_mt, columns, scale, softcap,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    number = tl.program_id(0).to(tl.int64)
+    number = (tl.program_id(0) // SHARES).to(tl.int64)
     extent = tl.load(owner_ptr + number).to(tl.int64)
     held = tl.minimum(tl.load(length_ptr + extent) - tl.load(first_ptr + number), CHUNK).to(tl.int32)
     if held <= 0:
         return
     row, head = extent // HEADS, extent % HEADS
-    one = tl.arange(0, BLOCK_G)
+    one = tl.program_id(0) % SHARES * BLOCK_G + tl.arange(0, BLOCK_G)
     asks = load_rows(
         query_ptr + row * stride_qb + head * GROUP * stride_qh, one, one < GROUP, stride_qh, stride_qd, DIM, BLOCK_D
     )  # fmt: skip
