@@ -43,7 +43,7 @@ def ragged_attention(
     (batch, asking, _, dim), heads, width, block = query.shape, key.shape[1], value.shape[3], pool_keys.shape[1]
     group, chunks = asking // heads, owner.shape[0]
     block_d, block_v = block_of(dim), block_of(width)
-    # Tiles have as many bytes whatever the channels and their type: two of them, which are a whole chunk of 128 slots in 16 bits, are
+    # Tiles have as many bytes whatever the channels and their type: two of them, a whole chunk of 128 slots of 128 channels, are
     # in flight at once, and 70 kB a program let three of them share a processor.
     block_s = min(max(16, TILE // (max(block_d, block_v) * pool_keys.element_size())), 128, block_of(chunk))
     warps = 4 if mask is None and pool_keys.element_size() == 2 else 8  # products in parts, and masks, take more registers

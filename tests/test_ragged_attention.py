@@ -183,6 +183,79 @@ def test_a_query_that_sees_nothing_gets_zero(op, new):
     assert torch.equal(op(*given.arguments), torch.zeros_like(given.arguments[0]))
 
 
+# What a kernel gets wrong and a reference does not: edges of its tiles, here of the sizes that real models have.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "block", "chunk"), [(80, 16, 128), (96, 48, 144), (256, 16, 128), (32, 100, 200)])
+def test_extents_end_anywhere_in_a_tile(dtype, dim, block, chunk):
+    case = PLAIN._replace(dtype=dtype, dim=dim, block=block, kv_heads=4, text=300, mask="bool")
+    check(KERNEL, case, given_of(case, torch.tensor([[0, 1, 63, 64], [65, 127, 129, 290]]), chunk))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("group", [1, 3, 17])
+def test_groups_may_have_any_size(group, mask):
+    case = PLAIN._replace(group=group, dtype=torch.bfloat16, mask=mask, softcap=2.0, with_sinks=True)
+    check(KERNEL, case, given_of(case))
+
+
+def test_more_chunks_are_put_together_than_a_tile_has():
+    case = PLAIN._replace(block=1, text=800, dim=80)  # tiles of 64 chunks, and of 64 channels
+    check(KERNEL, case, given_of(case, torch.tensor([[800, 3], [64 * CHUNK, 64 * CHUNK + 1]])))
+
+
+@forms("ragged_attention")
+@pytest.mark.parametrize("mask", ["bool per head", "additive"])
+def test_tensors_may_lie_anyhow_and_values_be_narrower_than_keys(mask, op):
+    case = PLAIN._replace(dim=12, mask=mask, with_sinks=True)
+    given = given_of(case)
+    kept = [[(keys, values[:, :5], at) for keys, values, at in row] for row in given.kept]
+    narrow = [x[..., :5] if place in (2, 5) else x for place, x in enumerate(given.arguments)]
+    given = Given([_spread(x) if isinstance(x, Tensor) else x for x in narrow], kept)
+    check(op, case, given)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The same numbers at every other place of memory, axes in another order."""
+    turned = x.movedim(0, -1)
+    return torch.stack([turned, torch.zeros_like(turned)], -1)[..., 0].movedim(-1, 0)
+
+
+@forms("ragged_attention")
+def test_chunks_of_room_that_is_not_filled_yet_give_nothing(op):
+    given = given_of(PLAIN)
+    lengths, table = given.arguments[8][None], given.arguments[7][None]
+    given.arguments[9:13] = [part[0] for part in work_list(lengths.numpy() + 20, table.numpy(), PLAIN.block, CHUNK)]
+    check(op, PLAIN, given)
+
+
+@forms("ragged_attention")
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("factor", [0.0, 1e-3, 300.0])
+def test_logits_may_be_equal_small_or_large(factor, softcap, op):
+    case = PLAIN._replace(softcap=softcap)
+    given = given_of(case)
+    given.arguments[0] = given.arguments[0] * factor
+    check(op, case, given)
+
+
+@forms("ragged_attention")
+def test_the_lowest_number_added_to_all_logits_hides_none(op):
+    case = PLAIN._replace(mask="additive")
+    given = given_of(case)
+    given.arguments[3] = torch.full_like(given.arguments[3], torch.finfo(torch.float32).min)
+    check(op, case, given)
+
+
+def test_the_kernel_says_what_it_does_not_take():
+    refusal = OPS["ragged_attention"].refusal
+    case = PLAIN._replace(new=3)
+    assert refusal(*given_of(case).arguments) == "3 queries of each head are not one"
+    double = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given_of(PLAIN).arguments]
+    assert refusal(*double) == "torch.float64 is not one of float32, bfloat16 and float16"
+
+
 @given(
     st.integers(0, 2**31),
     st.integers(1, 3),
