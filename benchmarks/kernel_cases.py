@@ -90,6 +90,7 @@ def blocks_masked(sizes: Sizes) -> tuple[Any, ...]:
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
     "key_diff": lambda sizes: (sizes.keys(), None),
+    "redundancy": lambda sizes: (sizes.keys(), None),
     "ragged_attention": blocks_held,
 }
 
