@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from ragged_problem import half_of
 from torch import Tensor
 
 from kvfx.kernels import Dims
+from kvfx.work_list import chunk_of, work_list
 
 # As the presets of policies have them.
 CHUNK = 256
@@ -96,6 +99,30 @@ class Case:
         return self.make(self.sizes)
 
 
+def blocks_held(sizes: Sizes, size: int = 16) -> tuple[Any, ...]:
+    """One query behind a prompt of which heads hold half, unequally many each, in shuffled blocks of `size` slots."""
+    B, H, G, S, D = sizes.dims
+    lengths = half_of(np.full((1, B, H), S))
+    needs = -(-lengths // size)
+    order = 1 + np.random.default_rng(0).permutation(needs.sum()).astype(np.int32)
+    table = np.zeros((*needs.shape, needs.max()), dtype=np.int32)
+    table[np.arange(needs.max()) < needs[..., None]] = order
+    chunk = chunk_of(size)
+    work = [part[0] for part in work_list(lengths, table, size, chunk)]
+    places = [torch.from_numpy(table[0]), torch.from_numpy(lengths[0]), *work, torch.zeros(B, dtype=torch.int64)]
+    asks = sizes.tensor(B, H * G, 1, D), sizes.tensor(B, H, 1, D), sizes.tensor(B, H, 1, D)
+    pool = [sizes.tensor(1 + len(order), size, D) for _ in range(2)]
+    positions = torch.zeros(1 + len(order), size, dtype=torch.int32)
+    return *asks, None, *pool, *(x.to(sizes.device) for x in (positions, *places)), chunk, None, None, None
+
+
+def blocks_masked(sizes: Sizes) -> tuple[Any, ...]:
+    """The same with all that can be done to logits."""
+    query, key, value, _, *rest = blocks_held(sizes)
+    mask = sizes.tensor(sizes.dims.B, query.shape[1], 1, sizes.dims.S + 1)
+    return query, key, value, mask, *rest[:-2], 30.0, sizes.tensor(query.shape[1])
+
+
 # Arguments of each operator as policies call it.
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
@@ -106,6 +133,8 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "select": lambda sizes: (sizes.scores(), sizes.kept(), None),
     "select_heads": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 5, 1, 1, 2),
     "splice": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 2),
+    "redundancy": lambda sizes: (sizes.keys(), None),
+    "ragged_attention": blocks_held,
 }
 
 SIZES = {
@@ -117,4 +146,14 @@ SIZES = {
     "D 256 fp32": Sizes(LLAMA._replace(D=256), torch.float32),
 }
 
+RAGGED = {
+    "B 8": (blocks_held, LLAMA._replace(B=8)),
+    "S 32768": (blocks_held, LLAMA._replace(S=32768)),
+    "no groups": (blocks_held, LLAMA._replace(Hkv=32, G=1)),
+    "groups of 64": (blocks_held, LLAMA._replace(Hkv=2, G=64)),
+    "masked": (blocks_masked, LLAMA),
+    "blocks of 48": (lambda sizes: blocks_held(sizes, 48), LLAMA),
+}
+
 CASES = [Case(op, name, make, sizes) for op, make in MAKE.items() for name, sizes in SIZES.items()]
+CASES += [Case("ragged_attention", name, make, Sizes(dims, torch.bfloat16)) for name, (make, dims) in RAGGED.items()]

@@ -51,18 +51,23 @@ class Problem:
 
     def drawn(self) -> np.ndarray:
         """Lengths that are half of `full` in the mean of each row of each layer, `[L, B, Hkv]`."""
-        apart = np.random.default_rng(0).uniform(-1, 1, self.full.shape)
-        apart -= apart.mean(2, keepdims=True)
-        room = np.where(apart > 0, LONGEST - 0.5, SHORTEST - 0.5)
-        lengths = 0.5 + apart * (room / apart).min(2, keepdims=True)  # so that one head is as long, or as short, as may be
-        lengths = (lengths * self.length).astype(np.int64)
-        lengths[..., 0] += self.length * self.shape.kv_heads // 2 - lengths.sum(2)  # what rounding has lost
-        return lengths
+        return half_of(self.full)
 
     def slots(self, states: Sequence[Tensor], layer: int, lengths: np.ndarray) -> Tensor:
         """Those of `keys` or `values` that heads hold, head behind head, [sum of lengths, D]."""
         held = states[layer].flatten(0, 1)
         return torch.cat([head[:length] for head, length in zip(held, lengths[layer].flatten().tolist(), strict=True)])
+
+
+def half_of(full: np.ndarray) -> np.ndarray:
+    """Lengths of extents, `[L, B, Hkv]`, that are half of `full`, the same for all, in the mean of each row of each layer."""
+    apart = np.random.default_rng(0).uniform(-1, 1, full.shape)
+    apart -= apart.mean(2, keepdims=True)
+    room = np.where(apart > 0, LONGEST - 0.5, SHORTEST - 0.5)
+    lengths = 0.5 + apart * (room / apart).min(2, keepdims=True)  # so that one head is as long, or as short, as may be
+    lengths = (lengths * full).astype(np.int64)
+    lengths[..., 0] += full.sum(2) // 2 - lengths.sum(2)  # what rounding has lost
+    return lengths
 
 
 def after(query: Tensor, outs: list[Tensor]) -> Tensor:

@@ -214,5 +214,6 @@ OP = KernelOp(
     " float? softcap=None, Tensor? sinks=None) -> Tensor",
     ragged_attention,
     _inputs,
+    triton="ragged_attention_triton:ragged_attention",
     cost="reads the keys and values of the slots held once",
 )

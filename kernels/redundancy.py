@@ -33,4 +33,11 @@ def _inputs(dims, dtype, device, seed):
     return *samples(dtype, device, seed, (dims.B, dims.Hkv, dims.S, dims.D)), None
 
 
-OP = KernelOp("redundancy", "(Tensor key, Tensor? valid) -> Tensor", redundancy, _inputs, cost="reads B*Hkv*S*D twice")
+OP = KernelOp(
+    "redundancy",
+    "(Tensor key, Tensor? valid) -> Tensor",
+    redundancy,
+    _inputs,
+    triton="redundancy_triton:redundancy",
+    cost="reads B*Hkv*S*D twice",
+)

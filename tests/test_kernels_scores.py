@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forms import forms
+from forms import Form, forms
 from kvfx.kernels import OPS, Dims
 from test_kernels import CHUNK, LENGTHS, Case, cases, many, rows_alone
 from yardstick import assert_within_rounding
@@ -189,19 +189,30 @@ def test_key_diff_and_redundancy_match_their_definitions(op, case):
     assert_within_rounding(actual, low, exact)
 
 
-def test_only_directions_count_and_equal_directions_are_all_alike():
+@forms("key_diff", "redundancy")
+@pytest.mark.parametrize(("dtype", "padding"), [(torch.float32, "none"), (torch.bfloat16, "interior")], ids=str)
+def test_directions_are_added_up_over_tiles_and_pieces_of_a_row(dtype, padding, op):
+    case = Case(Dims(2, 1, 1, 300, 256), dtype, padding, False, 3)  # of 32 and 256 tokens
+    (key,) = case.draw((2, 1, 300, 256))
+    exact, low = (slow_cosines(key, case.valid(), kind, others=op.name == "redundancy") for kind in (torch.float64, torch.float32))
+    assert_within_rounding(op(key, case.valid()), low, exact)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_only_directions_count_and_equal_directions_are_all_alike(kernel):
     key = torch.randn(2, 3, 30, 8, generator=torch.Generator().manual_seed(0))
     lengths = 2.0 ** torch.randint(-9, 9, (2, 3, 30, 1))
-    for op in (kvfx.key_diff, kvfx.redundancy):
+    key_diff, redundancy = Form("key_diff", kernel), Form("redundancy", kernel)
+    for op in (key_diff, redundancy):
         torch.testing.assert_close(op(key * lengths, None), op(key, None))
         torch.testing.assert_close(op(key[:, :, :1] * lengths, None), torch.full((2, 3, 30), -1.0))
         assert (op(torch.zeros(1, 1, 5, 4), None) == 0).all()
     lone = torch.arange(30) == 7
-    assert (kvfx.redundancy(key, lone.repeat(2, 1)) == 0).all()
+    assert (redundancy(key, lone.repeat(2, 1)) == 0).all()
     odd = key[:, :, :1].repeat(1, 1, 30, 1)
     odd[:, :, 11] = -odd[:, :, 11]
-    assert (kvfx.key_diff(odd, None).argmax(-1) == 11).all()
-    assert (kvfx.redundancy(odd, None).argmax(-1) == 11).all()
+    assert (key_diff(odd, None).argmax(-1) == 11).all()
+    assert (redundancy(odd, None).argmax(-1) == 11).all()
 
 
 @given(cases())

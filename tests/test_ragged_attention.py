@@ -10,13 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from forms import Form, forms
 from kvfx.kernels import OPS
 from kvfx.work_list import NOWHERE, work_list
 from yardstick import assert_within_rounding
 
 many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 CHUNK = 8
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = ["none", "bool", "additive", "bool per head", "additive per head", "one column"]
 
 
@@ -62,7 +63,7 @@ def cases(draw):
     )
 
 
-def given_of(case: Case, lengths: Tensor | None = None) -> Given:
+def given_of(case: Case, lengths: Tensor | None = None, chunk: int = CHUNK) -> Given:
     """Random extents in a shuffled pool in which all else is NaN."""
     generator = torch.Generator().manual_seed(case.seed)
 
@@ -94,10 +95,10 @@ def given_of(case: Case, lengths: Tensor | None = None) -> Given:
                 block, place = mine[slot // case.block], slot % case.block
                 keys[block, place], values[block, place], positions[block, place] = (x[slot] for x in held)
     query, key, value = (normal(rows, many_heads, case.new, dim) for many_heads in (heads * case.group, heads, heads))
-    work = [part[0] for part in work_list(lengths[None].numpy(), table[None].numpy(), case.block, CHUNK)]
+    work = [part[0] for part in work_list(lengths[None].numpy(), table[None].numpy(), case.block, chunk)]
     sinks = normal(heads * case.group) if case.with_sinks else None
     places = keys, values, positions, table, lengths, *work, case.text - seen
-    return Given([query, key, value, mask_of(case, generator), *places, CHUNK, None, case.softcap, sinks], kept)
+    return Given([query, key, value, mask_of(case, generator), *places, chunk, None, case.softcap, sinks], kept)
 
 
 def mask_of(case: Case, generator: torch.Generator) -> Tensor | None:
@@ -140,45 +141,119 @@ def slow(given: Given, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def attend(given: Given) -> Tensor:
-    return torch.ops.kvfx.ragged_attention(*given.arguments)
-
-
-def check(case: Case, given: Given) -> None:
+def check(op: Form, case: Case, given: Given) -> None:
     """A single query is worked out in float32, several in the precision of the queries."""
     low = slow(given, torch.float32 if case.new == 1 else case.dtype).to(case.dtype)
-    assert_within_rounding(attend(given), low, slow(given, torch.float64))
+    assert_within_rounding(op(*given.arguments), low, slow(given, torch.float64))
 
 
+@forms("ragged_attention")
 @given(cases())
 @many
-def test_every_query_attends_to_what_its_head_holds_and_to_nothing_else(case):
-    check(case, given_of(case))
+def test_every_query_attends_to_what_its_head_holds_and_to_nothing_else(op, case):
+    case = case._replace(new=1) if op.kernel else case
+    check(op, case, given_of(case))
 
 
 PLAIN = Case(2, 2, 2, 1, 16, 4, 60, torch.float32, "none", None, False, 1)
+REFERENCE, KERNEL = (Form("ragged_attention", kernel) for kernel in (False, True))
+asked = pytest.mark.parametrize(("op", "new"), [(REFERENCE, 1), (REFERENCE, 3), (KERNEL, 1)], ids=str)  # the kernel takes one query
 
 
-@pytest.mark.parametrize("new", [1, 3])
+@asked
 @pytest.mark.parametrize("lengths", [[[0, 0], [0, 0]], [[0, 60], [1, 0]], [[8, 16], [9, 15]]], ids=str)
-def test_extents_may_be_empty_and_differ_wildly(lengths, new):
+def test_extents_may_be_empty_and_differ_wildly(lengths, op, new):
     case = PLAIN._replace(new=new)
-    check(case, given_of(case, torch.tensor(lengths)))
+    check(op, case, given_of(case, torch.tensor(lengths)))
 
 
+@forms("ragged_attention")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows_and_heads_are_as_few(dtype):
+def test_many_rows_and_heads_are_as_few(dtype, op):
     case = Case(4, 8, 4, 1, 16, 8, 200, dtype, "bool", None, False, 5)
     lengths = torch.randint(0, 201, (4, 8), generator=torch.Generator().manual_seed(0))
-    check(case, given_of(case, lengths))
+    check(op, case, given_of(case, lengths))
 
 
-@pytest.mark.parametrize("new", [1, 3])
-def test_a_query_that_sees_nothing_gets_zero(new):
+@asked
+def test_a_query_that_sees_nothing_gets_zero(op, new):
     case = PLAIN._replace(new=new, mask="bool")
     given = given_of(case)
     given.arguments[3] = torch.zeros(1, 1, new, case.text + new, dtype=torch.bool)
-    assert torch.equal(attend(given), torch.zeros_like(given.arguments[0]))
+    assert torch.equal(op(*given.arguments), torch.zeros_like(given.arguments[0]))
+
+
+# What a kernel gets wrong and a reference does not: edges of its tiles, here of the sizes that real models have.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "block", "chunk"), [(80, 16, 128), (96, 48, 144), (256, 16, 128), (32, 100, 200)])
+def test_extents_end_anywhere_in_a_tile(dtype, dim, block, chunk):
+    case = PLAIN._replace(dtype=dtype, dim=dim, block=block, kv_heads=4, text=300, mask="bool")
+    check(KERNEL, case, given_of(case, torch.tensor([[0, 1, 63, 64], [65, 127, 129, 290]]), chunk))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("group", [1, 3, 17])
+def test_groups_may_have_any_size(group, mask):
+    case = PLAIN._replace(group=group, dtype=torch.bfloat16, mask=mask, softcap=2.0, with_sinks=True)
+    check(KERNEL, case, given_of(case))
+
+
+def test_more_chunks_are_put_together_than_a_tile_has():
+    case = PLAIN._replace(block=1, text=800, dim=80)  # tiles of 64 chunks, and of 64 channels
+    check(KERNEL, case, given_of(case, torch.tensor([[800, 3], [64 * CHUNK, 64 * CHUNK + 1]])))
+
+
+@forms("ragged_attention")
+@pytest.mark.parametrize("mask", ["bool per head", "additive"])
+def test_tensors_may_lie_anyhow_and_values_be_narrower_than_keys(mask, op):
+    case = PLAIN._replace(dim=12, mask=mask, with_sinks=True)
+    given = given_of(case)
+    kept = [[(keys, values[:, :5], at) for keys, values, at in row] for row in given.kept]
+    narrow = [x[..., :5] if place in (2, 5) else x for place, x in enumerate(given.arguments)]
+    given = Given([_spread(x) if isinstance(x, Tensor) else x for x in narrow], kept)
+    check(op, case, given)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The same numbers at every other place of memory, axes in another order."""
+    turned = x.movedim(0, -1)
+    return torch.stack([turned, torch.zeros_like(turned)], -1)[..., 0].movedim(-1, 0)
+
+
+@forms("ragged_attention")
+def test_chunks_of_room_that_is_not_filled_yet_give_nothing(op):
+    given = given_of(PLAIN)
+    lengths, table = given.arguments[8][None], given.arguments[7][None]
+    given.arguments[9:13] = [part[0] for part in work_list(lengths.numpy() + 20, table.numpy(), PLAIN.block, CHUNK)]
+    check(op, PLAIN, given)
+
+
+@forms("ragged_attention")
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("factor", [0.0, 1e-3, 300.0])
+def test_logits_may_be_equal_small_or_large(factor, softcap, op):
+    case = PLAIN._replace(softcap=softcap)
+    given = given_of(case)
+    given.arguments[0] = given.arguments[0] * factor
+    check(op, case, given)
+
+
+@forms("ragged_attention")
+def test_the_lowest_number_added_to_all_logits_hides_none(op):
+    case = PLAIN._replace(mask="additive")
+    given = given_of(case)
+    given.arguments[3] = torch.full_like(given.arguments[3], torch.finfo(torch.float32).min)
+    check(op, case, given)
+
+
+def test_the_kernel_says_what_it_does_not_take():
+    refusal = OPS["ragged_attention"].refusal
+    case = PLAIN._replace(new=3)
+    assert refusal(*given_of(case).arguments) == "3 queries of each head are not one"
+    double = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given_of(PLAIN).arguments]
+    assert refusal(*double) == "torch.float64 is not one of float32, bfloat16 and float16"
 
 
 @given(
