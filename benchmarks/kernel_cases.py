@@ -41,10 +41,6 @@ class Sizes:
         """[B, Hkv, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv, self.dims.S, self.dims.D)
 
-    def scores(self) -> Tensor:
-        """[B, Hkv, S] float32."""
-        return self.tensor(self.dims.B, self.dims.Hkv, self.dims.S).float()
-
     def queries(self) -> Tensor:
         """[B, Hq, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv * self.dims.G, self.dims.S, self.dims.D)

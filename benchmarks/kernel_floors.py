@@ -84,8 +84,10 @@ FLOORS: dict[str, Floor] = {
     "window_attention": Floor(lambda s: 2 * _keys(s) + 4 * _rows(s), _products(lambda s: 2 * WINDOW), 0.85),
     "column_attention": Floor(lambda s: _queries(s) + _keys(s) + 4 * _rows(s), _products(lambda s: s.dims.S / 2), 0.6),
     "zscore": Floor(lambda s: 12 * _rows(s), _nothing, 0.85),
-    "select": Floor(lambda s: 4 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
+    "select": Floor(lambda s: 5 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "compact": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 8 * KEEP * _rows(s), _nothing, 0.85),
+    "select_heads": Floor(lambda s: 2 * 5 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
+    "splice": Floor(lambda s: 5 * 4 * _rows(s) + 4 * _rows(s), _nothing, 0.85),
     "pack": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 16 * KEEP * _rows(s), _nothing, 0.85),
     "ragged_attention": Floor(lambda s: 2 * KEEP * _keys(s), _nothing, 0.85),
 }

@@ -17,9 +17,8 @@ from .tiles_triton import DTYPES
 TILE = 2048  # scores looked at together; below 2^15, so that two counts fit one integer
 PROGRAMS = 256  # about how many there are of a launch, where rows are long: two for each multiprocessor. At most BINS
 DIGITS = (24, 16, 8, 0)  # lowest bits of the digits, highest digit first
-BINS = tl.constexpr(
-    256
-)  # of a digit. Some versions of Triton count with a popcount for every 32 bins, which makes more of them slow
+# Of a digit. Some versions of Triton count with a popcount for every 32 bins, which makes more of them slow.
+BINS = tl.constexpr(256)
 GROUP = tl.constexpr(32)  # pieces whose counts are read together
 
 
