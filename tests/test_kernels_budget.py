@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from forms import forms
+from forms import forms, forms_of
 from kvfx.algebra import Splice
 from kvfx.kernels import OPS
 from kvfx.policy import Policy
@@ -97,10 +97,23 @@ def test_no_unit_wins_more_than_the_most_that_it_may(case, most):
         assert max(numbers) <= most
 
 
-@forms("select_heads")
-@given(rows(turns=2), FLOORS, st.integers(0, 3), st.sampled_from([None, Fraction(0), Fraction(1, 3), Fraction(1, 2), Fraction(1)]))
+TURNS = st.sampled_from([None, Fraction(0), Fraction(1, 3), Fraction(1, 2), Fraction(1)])
+
+
+@given(rows(turns=2), FLOORS, st.integers(0, 3), TURNS)
 @many
-def test_heads_keep_the_best_of_the_layer_each_by_its_own_number(op, case, floor, least, share):
+def test_heads_keep_the_best_of_the_layer_each_by_its_own_number(case, floor, least, share):
+    assert_heads_keep_the_best(select_heads, case, floor, least, share)
+
+
+@given(rows(turns=2), FLOORS, st.integers(0, 3), TURNS)
+@settings(deadline=None, max_examples=12)  # up to twenty launches each
+def test_so_they_do_by_the_kernel(case, floor, least, share):
+    (kernel,) = (form for form in forms_of("select_heads") if form.kernel)
+    assert_heads_keep_the_best(kernel, case, floor, least, share)
+
+
+def assert_heads_keep_the_best(op, case, floor, least, share):
     (first, then), valid, count, counts = case
     share, then = (share, then) if share is not None else (Fraction(0), None)
     slots, lengths = op(
