@@ -110,9 +110,14 @@ def serves_every_length(op: KernelOp, arguments: tuple[Any, ...]) -> bool:
         fakes.append(mode.from_tensor(carried[place], symbolic_context=context))
     with mode, enable_python_dispatcher():  # without which some ops refuse symbolic sizes
         make_fx(body, tracing_mode="real")(*fakes)
-    return all(limit.upper > 2**40 for limit in shapes.var_to_range.values()) and not any(
-        value.is_number for value in shapes.replacements.values()
-    )
+    # That lengths of several arguments are one and the same is no condition on it.
+    conditions = [guard.expr for guard in shapes.guards if not _is_same(guard.expr)]
+    fixed = [value for value in shapes.replacements.values() if value.is_number]
+    return not conditions and not fixed and all(limit.upper > 2**40 for limit in shapes.var_to_range.values())
+
+
+def _is_same(condition: Any) -> bool:
+    return type(condition).__name__ in ("Eq", "Equality") and all(side.is_symbol for side in condition.args)
 
 
 class _Driver:

@@ -21,7 +21,8 @@ def sums(key: Tensor, valid: Tensor | None) -> Tensor:
     """
     batch, heads, tokens, dim = key.shape
     sizes = _sizes(key, valid)
-    pieces = triton.cdiv(triton.cdiv(tokens, sizes["BLOCK_S"]), PIECE)
+    # Two at least, although one may hold the row: tracing specialises sizes of 1, and one graph shall serve all lengths.
+    pieces = torch.sym_max(2, triton.cdiv(triton.cdiv(tokens, sizes["BLOCK_S"]), PIECE))
     total = key.new_empty((batch, heads, pieces, dim), dtype=torch.float32)
     wrap_triton(_sum_kernel)[(batch * heads * pieces,)](
         key, *_flags(valid), total, *key.stride(), heads, tokens, pieces, PIECE=PIECE, **sizes

@@ -89,10 +89,18 @@ def _launch(scores: Tensor, count: int, counts: Tensor | None, out: Tensor, mark
 
 
 @triton.jit
-def _ordered(score_ptr, place, live, stride_u, stride_s, UNITS: tl.constexpr):
-    """Scores as unsigned integers of the same order."""
-    offset = (place // UNITS).to(tl.int64) * stride_s + (place % UNITS).to(tl.int64) * stride_u
-    bits = tl.load(score_ptr + offset, mask=live, other=0.0).to(tl.float32).to(tl.uint32, bitcast=True)
+def _offset(place, stride_u, stride_s, UNITS: tl.constexpr):
+    return (place // UNITS).to(tl.int64) * stride_s + (place % UNITS).to(tl.int64) * stride_u
+
+
+@triton.jit
+def _ordered(score):
+    """Scores as unsigned integers of the same order.
+
+    It does not load them: what a function makes of a pointer torch takes for a pointer to the same memory, and winners, which
+    places are made of, would seem to be written to the scores.
+    """
+    bits = score.to(tl.float32).to(tl.uint32, bitcast=True)
     negative = bits > 0x80000000  # and not -0, which equals 0
     return tl.where(negative, ~bits, bits | 0x80000000)
 
@@ -162,7 +170,7 @@ def _digit_kernel(
     for tile in range(span):
         place = (piece * span + tile) * TILE + tl.arange(0, TILE)
         live = place < places
-        key = _ordered(score_ptr, place, live, stride_u, stride_s, UNITS)
+        key = _ordered(tl.load(score_ptr + _offset(place, stride_u, stride_s, UNITS), mask=live, other=0.0))
         agrees = live
         if SHIFT < 24:
             agrees = live & (key >> (SHIFT + 8) == threshold >> (SHIFT + 8))
@@ -200,7 +208,7 @@ def _write_kernel(
     for tile in range(span):
         place = (piece * span + tile) * TILE + tl.arange(0, TILE)
         live = place < places
-        key = _ordered(score_ptr, place, live, stride_u, stride_s, UNITS)
+        key = _ordered(tl.load(score_ptr + _offset(place, stride_u, stride_s, UNITS), mask=live, other=0.0))
         larger, same = live & (key > threshold), live & (key == threshold)
         both = larger.to(tl.int32) << 16 | same.to(tl.int32)
         earlier = tl.cumsum(both, 0) - both
