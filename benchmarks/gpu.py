@@ -42,13 +42,9 @@ KEEPS = [
 def run_tests() -> None:
     """Every test that judges a kernel, natively; stops if one fails."""
     root = Path(__file__).parents[1]
-    tests = [
-        "tests/test_kernels.py",
-        "tests/test_kernels_scores.py",
-        "tests/test_kernels_budget.py",
-        "tests/test_ragged_attention.py",
-    ]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", *tests]
+    tests = sorted(str(path) for path in (root / "tests").glob("test_kernels*.py"))
+    tests += [str(root / "tests" / name) for name in ("test_ragged_attention.py", "test_triton.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton and not compile and not committed", *tests]
     if subprocess.run(command, cwd=root, check=False).returncode:
         raise SystemExit("a kernel is wrong on this device, so nothing was timed: see the failures above")
 
