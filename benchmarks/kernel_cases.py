@@ -63,6 +63,8 @@ class Case:
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
     "key_diff": lambda sizes: (sizes.keys(), None),
+    "window_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, 64, None, "mean", "mean", 5, "avg"),
+    "column_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, None, None, "count", "mean", 1, "avg"),
 }
 
 SIZES = {

@@ -86,15 +86,16 @@ def launches(op: KernelOp, arguments: tuple[Any, ...]) -> Iterator[Launch]:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        fakes = [_on_cuda(arguments[place]) for place in where]
+        fakes = [_alike(arguments[place]) for place in where]
         graph = make_fx(body, tracing_mode="real")(*fakes).graph
     for node in graph.nodes:
         if node.target is triton_kernel_wrapper_mutation:
             yield _launch(node.kwargs)
 
 
-def _on_cuda(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+def _alike(tensor: Tensor) -> Tensor:
+    """A fake tensor of the CPU, because a torch without CUDA does not index fake tensors of another device."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def _launch(given: Any) -> Launch:
