@@ -2,9 +2,11 @@
 
 from torch import Tensor
 
-from . import softmax_columns_triton as softmax
 from .columns import COLUMN_REDUCE, join_heads, known, weigh
 from .rows import ranks
+from .softmax_columns_triton import columns
+from .softmax_rows_triton import log_sum_exp
+from .softmax_tiles_triton import asked_of, refused
 
 
 def refusal(
@@ -12,7 +14,7 @@ def refusal(
     heads: str, pool: int, pool_kind: str,
 ) -> str | None:  # fmt: skip
     """See `KernelOp.refusal`."""
-    return softmax.refusal(query, key, scale)
+    return refused(query, key, scale)
 
 
 def column_attention(
@@ -26,10 +28,10 @@ def column_attention(
     query head leave each kernel.
     """
     known("reduce", reduce, COLUMN_REDUCE)
-    asked = softmax.asked_of(query, key, valid, key.shape[2], scale)
+    asked = asked_of(query, key, valid, key.shape[2], scale)
     if lse is None:
-        lse = softmax.log_sum_exp(asked, split=False)
-    received = softmax.columns(asked, lse, reduce, together=False)
+        lse = log_sum_exp(asked, split=False)
+    received = columns(asked, lse, reduce, together=False)
     if reduce == "count":
         rank, length = ranks(valid, key.shape[2], key.device)
         received = received / (length - rank).clamp(min=1)[:, None, None]

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from . import softmax_columns_triton as softmax
 from .columns import WINDOW_REDUCE, join_heads, known, weigh
 from .rows import ranks
+from .softmax_columns_triton import columns
+from .softmax_rows_triton import log_sum_exp
+from .softmax_tiles_triton import asked_of, refused
 
 
 def refusal(
@@ -13,7 +15,7 @@ def refusal(
     heads: str, pool: int, pool_kind: str,
 ) -> str | None:  # fmt: skip
     """See `KernelOp.refusal`."""
-    return softmax.refusal(query, key, scale)
+    return refused(query, key, scale)
 
 
 def window_attention(
@@ -28,9 +30,9 @@ def window_attention(
     as 2*B*Hq*window*S, at window = 64 and G = 4 about as long as the reading.
     """
     known("reduce", reduce, WINDOW_REDUCE)
-    asked = softmax.asked_of(query, key, valid, window, scale)
-    lse = softmax.log_sum_exp(asked, split=True)
-    received = softmax.columns(asked, lse, reduce, together=True)
+    asked = asked_of(query, key, valid, window, scale)
+    lse = log_sum_exp(asked, split=True)
+    received = columns(asked, lse, reduce, together=True)
     rank, length = ranks(valid, key.shape[2], key.device)
     count = length.clamp(1, window)
     if reduce == "mean":
