@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .softmax_tiles_triton import LOG2_E, Asked, hold, product, row_of, slots_at, tiles_of
+from .softmax_tiles_triton import LOG2_E, Asked, hold, product, row_of, tiles_of
+from .tiles_triton import slots_of
 
 
 def columns(asked: Asked, lse: Tensor, reduce: str, together: bool) -> Tensor:
@@ -50,12 +51,12 @@ def _received(
     """What keys have received after another tile of queries."""
     asks = start + tl.arange(0, STREAMED)
     live = asks < asking
-    offset = slots_at(slot_ptr, first + asks, live, PADDED).to(tl.int64) * stride_qs
+    offset = slots_of(slot_ptr, first + asks, live, PADDED).to(tl.int64) * stride_qs
     total = tl.load(lse_base + asks.to(tl.int64) * stride_ls, mask=live, other=float("inf"))  # no query pays nothing
     logits = product(key, key_base, key_offset, key_live, stride_kd, query_base, offset, live, stride_qd, DIM, BLOCK_D)
-    weights = tl.exp2(tl.fma(logits, factor, -(total * (POWER * LOG2_E))[None]))
     if MASKED:
-        weights = tl.where(rank[:, None] <= (first + asks)[None], weights, 0.0)
+        logits = tl.where(rank[:, None] <= (first + asks)[None], logits, float("-inf"))
+    weights = tl.exp2(tl.fma(logits, factor, -(total * (POWER * LOG2_E))[None]))
     if LARGEST:
         return tl.maximum(column, tl.max(weights, 1))
     return column + tl.sum(weights, 1)
@@ -79,7 +80,7 @@ def _columns_kernel(
 
     rank = tile * HELD + tl.arange(0, HELD)
     live = rank < length
-    slot = slots_at(slot_ptr, rank, live, PADDED)
+    slot = slots_of(slot_ptr, rank, live, PADDED)
     query_head = head % (heads * GROUPS)
     key_base = key_ptr + batch * stride_kb + query_head // GROUPS * stride_kh
     offset = slot.to(tl.int64) * stride_ks

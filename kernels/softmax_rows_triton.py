@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .softmax_tiles_triton import LN_2, Asked, hold, product, row_of, slots_at, tiles_of
+from .softmax_tiles_triton import LN_2, Asked, hold, product, row_of, tiles_of
+from .tiles_triton import slots_of
 
 PIECE = 256  # keys of a piece of a row, where the queries are too few to occupy a chip; whole tiles
 
@@ -26,7 +27,8 @@ def log_sum_exp(asked: Asked, split: bool) -> Tensor:
         held = min(held, max(64, triton.next_power_of_2(window * asked.groups)))
     tiles = triton.cdiv(window * asked.groups, held)
     piece = PIECE if split else tokens
-    pieces = triton.cdiv(tokens, PIECE) if split else 1
+    # Two or more, though one may do: tracing specialises sizes of 1, and one graph shall serve all lengths.
+    pieces = torch.sym_max(2, triton.cdiv(tokens, PIECE)) if split else 1
     part = query.new_empty((pieces, batch, heads, window), dtype=torch.float32)
     wrap_triton(_lse_kernel)[(tiles * pieces * batch * key.shape[1],)](
         *asked.arguments(), part, batch, tiles, piece, asked.factor(), **asked.options(held, streamed, 3)
@@ -43,7 +45,7 @@ def _more(
     """Largest logit and sum of exponentials after another tile of keys."""
     rank = start + tl.arange(0, STREAMED)
     live = rank < end
-    offset = slots_at(slot_ptr, rank, live, PADDED).to(tl.int64) * stride_ks
+    offset = slots_of(slot_ptr, rank, live, PADDED).to(tl.int64) * stride_ks
     logits = product(query, query_base, query_offset, query_live, stride_qd, key_base, offset, live, stride_kd, DIM, BLOCK_D)
     if MASKED:
         logits = tl.where((rank[None] <= query_rank[:, None]) & live[None], logits, float("-inf"))
@@ -70,7 +72,7 @@ def _lse_kernel(
     place = tile * HELD + tl.arange(0, HELD)
     asks, group = place // GROUPS, place % GROUPS
     live = asks < asking
-    slot = slots_at(slot_ptr, first + asks, live, PADDED).to(tl.int64)
+    slot = slots_of(slot_ptr, first + asks, live, PADDED).to(tl.int64)
     offset = slot * stride_qs + group.to(tl.int64) * stride_qh
     query_base = query_ptr + batch * stride_qb + head % heads * GROUPS * stride_qh
     query = hold(query_base, offset, live, stride_qd, DIM, BLOCK_D)

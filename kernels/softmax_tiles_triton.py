@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import tiles_triton
 from .rows import places, sources
-from .tiles_triton import block_of
+from .tiles_triton import block_of, length_of
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -91,20 +91,11 @@ def tiles_of(query: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def slots_at(slot_ptr, rank, live, PADDED: tl.constexpr):
-    """Slots of tokens of these ranks."""
-    if PADDED:
-        rank = tl.load(slot_ptr + rank, mask=live, other=0)
-    return rank
-
-
-@triton.jit
 def row_of(slot_ptr, length_ptr, batch, tokens, window, PADDED: tl.constexpr):
     """A row of the batch: its slots, its length, how many of its queries ask, and the rank of the first."""
-    length = tokens
+    length = length_of(length_ptr, batch, tokens, PADDED)
     if PADDED:
         slot_ptr += batch * tokens
-        length = tl.load(length_ptr + batch).to(tl.int32)
     asking = tl.minimum(length, window)
     return slot_ptr, length, asking, length - asking
 
