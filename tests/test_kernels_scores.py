@@ -122,7 +122,8 @@ def test_attention_with_its_log_sum_exp_is_the_attention_bit_for_bit(case):
 @pytest.mark.parametrize("size", [1.0, 3.0])
 @pytest.mark.parametrize("reduce", ["sum", "squares"])
 def test_column_attention_stays_exact_over_thousands_of_tokens(op, reduce, size):
-    query, key = Case(Dims(), torch.float32, "none", False, 0).draw((1, 2, 2500, 64), (1, 1, 2500, 64))
+    tokens = 900 if op.kernel else 2500  # the interpreter takes its time
+    query, key = Case(Dims(), torch.float32, "none", False, 0).draw((1, 2, tokens, 64), (1, 1, tokens, 64))
     how = Columns(None, reduce, "mean", 1, "avg")
     exact, low = (slow_columns(size * query, size * key, None, None, None, how, d) for d in (torch.float64, torch.float32))
     assert_within_rounding(op(size * query, size * key, None, None, None, *how), low, exact)
