@@ -54,9 +54,10 @@ def _received(
     offset = slots_of(slot_ptr, first + asks, live, PADDED).to(tl.int64) * stride_qs
     total = tl.load(lse_base + asks.to(tl.int64) * stride_ls, mask=live, other=float("inf"))  # no query pays nothing
     logits = product(key, key_base, key_offset, key_live, stride_kd, query_base, offset, live, stride_qd, DIM, BLOCK_D)
+    exponent = tl.fma(logits, factor, -(total * (POWER * LOG2_E))[None])
     if MASKED:
-        logits = tl.where(rank[:, None] <= (first + asks)[None], logits, float("-inf"))
-    weights = tl.exp2(tl.fma(logits, factor, -(total * (POWER * LOG2_E))[None]))
+        exponent = tl.where(rank[:, None] <= (first + asks)[None], exponent, float("-inf"))
+    weights = tl.exp2(exponent)
     if LARGEST:
         return tl.maximum(column, tl.max(weights, 1))
     return column + tl.sum(weights, 1)
