@@ -131,6 +131,8 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "splice": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 2),
     "redundancy": lambda sizes: (sizes.keys(), None),
     "ragged_attention": blocks_held,
+    "window_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, WINDOW, None, "mean", "mean", 5, "avg"),
+    "column_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, None, None, "count", "mean", 1, "avg"),
 }
 
 SIZES = {

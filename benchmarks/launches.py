@@ -140,7 +140,7 @@ def launches(op: KernelOp, arguments: tuple[Any, ...]) -> Iterator[Launch]:
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        fakes = [_fake(arguments[place]) for place in where]
+        fakes = [_alike(arguments[place]) for place in where]
         graph = make_fx(body, tracing_mode="real")(*fakes).graph
     own = {_memory(place.meta["val"]) for place in graph.find_nodes(op="placeholder")}
     for node in graph.nodes:
@@ -152,8 +152,9 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _fake(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+def _alike(tensor: Tensor) -> Tensor:
+    """A fake tensor of the CPU, because a torch without CUDA does not index fake tensors of another device."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def _launch(given: Any, own: set[int]) -> Launch:

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .columns import join_heads, weigh
+from .columns import COLUMN_REDUCE, join_heads, known, weigh
 from .op import KernelOp, samples
 from .rows import from_front, places, ranks, to_front
-
-REDUCE = ("sum", "count", "squares")
 
 
 def column_attention(
@@ -53,6 +51,7 @@ def column_attention(
     The device decides which flash attention gives the log-sum-exp: on a CPU `_scaled_dot_product_flash_attention_for_
     cpu`, which exists nowhere else; on CUDA the memory-efficient one, which takes float32 where flash does not.
     """
+    known("reduce", reduce, COLUMN_REDUCE)
     groups, tokens, width = key.shape[1:]
     rank, length = ranks(valid, tokens, key.device)
     place = places(valid)
@@ -65,8 +64,6 @@ def column_attention(
     total = _causal_log_sum_exp(query, key) if lse is None else lse
     if place is not None:
         total = total.masked_fill(absent, 1e30)  # absent queries pay nothing, and absent keys have no other asker
-    if reduce not in REDUCE:
-        raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCE)}")
     factor = 2 if reduce == "squares" else 1
     extra = 8 - width % 8  # flash attention likes multiples of 8
     channels = torch.nn.functional.pad(-total[..., None], (0, extra - 1))
@@ -101,5 +98,6 @@ OP = KernelOp(
     "int pool, str pool_kind) -> Tensor",
     column_attention,
     _inputs,
+    triton="column_attention_triton:column_attention",
     cost="2*B*Hq*S*S*D flops, twice without lse",
 )

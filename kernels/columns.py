@@ -6,6 +6,14 @@ from torch import Tensor
 from .rows import from_front, places, pooled, ranks, to_front
 
 HEADS = ("mean", "max", "layer")
+WINDOW_REDUCE = ("mean", "sum", "max", "count", "squares")
+COLUMN_REDUCE = ("sum", "count", "squares")
+
+
+def known(option: str, given: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError if an option of an operator is none of its choices."""
+    if given not in choices:
+        raise ValueError(f"{option}={given!r}: expected one of {', '.join(choices)}")
 
 
 def join_heads(columns: Tensor, heads: str) -> Tensor:
@@ -16,13 +24,12 @@ def join_heads(columns: Tensor, heads: str) -> Tensor:
         heads: `mean` or `max` over the heads of the group, or `layer`: the mean over all query heads, the same for
             every KV head.
     """
+    known("heads", heads, HEADS)
     if heads == "mean":
         return columns.mean(2)
     if heads == "max":
         return columns.amax(2)
-    if heads == "layer":
-        return columns.mean((1, 2), keepdim=True).squeeze(2).expand(-1, columns.shape[1], -1)
-    raise ValueError(f"heads={heads!r}: expected one of {', '.join(HEADS)}")
+    return columns.mean((1, 2), keepdim=True).squeeze(2).expand(-1, columns.shape[1], -1)
 
 
 def weigh(score: Tensor, value: Tensor | None, valid: Tensor | None, pool: int, pool_kind: str) -> Tensor:

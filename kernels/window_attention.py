@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from .columns import join_heads, weigh
+from .columns import WINDOW_REDUCE, join_heads, known, weigh
 from .op import KernelOp, samples
 from .rows import places, ranks, sources, stored
-
-REDUCE = ("mean", "sum", "max", "count", "squares")
 
 
 def window_attention(
@@ -48,6 +46,7 @@ def window_attention(
     Numerics: float32 throughout; each weight is exp(logit - log-sum-exp of its row). Rows are shorter than 2^24 tokens.
     Cost: 2*B*Hq*window*S*D flops, B*Hq*window*S floats of scratch.
     """
+    known("reduce", reduce, WINDOW_REDUCE)
     groups, tokens, width = key.shape[1:]
     rank, length = ranks(valid, tokens, key.device)
     asks = length - window + torch.arange(window, device=key.device)  # ranks of the queries; negative: none there
@@ -77,10 +76,8 @@ def window_attention(
         columns = weights.sum(3)
     elif reduce == "mean":
         columns = weights.sum(3) / asked[:, None, None]
-    elif reduce == "count":
-        columns = weights.sum(3) / torch.minimum(asked, length - rank).clamp(min=1)[:, None, None]
     else:
-        raise ValueError(f"reduce={reduce!r}: expected one of {', '.join(REDUCE)}")
+        columns = weights.sum(3) / torch.minimum(asked, length - rank).clamp(min=1)[:, None, None]
     return weigh(join_heads(columns, heads), value, valid, pool, pool_kind)
 
 
@@ -96,5 +93,6 @@ OP = KernelOp(
     "int pool, str pool_kind) -> Tensor",
     window_attention,
     _inputs,
+    triton="window_attention_triton:window_attention",
     cost="2*B*Hq*window*S*D flops",
 )

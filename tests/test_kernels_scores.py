@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from forms import Form, forms
+from forms import Form, forms, forms_of
 from kvfx.kernels import OPS, Dims
 from test_kernels import CHUNK, LENGTHS, Case, cases, many, rows_alone
 from yardstick import assert_within_rounding
@@ -72,27 +72,34 @@ def slow_columns(query, key, value, valid, window: int | None, how: Columns, dty
     return rows_alone(row, [query, key] if value is None else [query, key, value], valid, dtype)
 
 
+@forms("window_attention")
 @given(cases(), st.booleans(), st.sampled_from([1, 3, CHUNK]), columns(("mean", "sum", "max", "count", "squares")))
 @many
-def test_window_attention_matches_its_definition_row_by_row(case, weighted, window, how):
+def test_window_attention_matches_its_definition_row_by_row(op, case, weighted, window, how):
     B, H, G, S, D = case.dims
     query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))
     arguments = (query, key, value if weighted else None, case.valid(), window)
     exact, low = (slow_columns(*arguments, how, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(kvfx.window_attention(*arguments, *how), low, exact)
+    assert_within_rounding(op(*arguments, *how), low, exact)
 
 
+@forms("column_attention")
 @given(cases(), st.booleans(), columns(("sum", "count", "squares")))
 @many
-def test_column_attention_matches_its_definition_row_by_row(case, weighted, how):
+def test_column_attention_matches_its_definition_row_by_row(op, case, weighted, how):
     B, H, G, S, D = case.dims
     query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))
     arguments = (query, key, value if weighted else None, case.valid())
     exact, low = (slow_columns(*arguments, None, how, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(kvfx.column_attention(*arguments, None, *how), low, exact)
+    assert_within_rounding(op(*arguments, None, *how), low, exact)
     if case.valid() is None and case.dtype == torch.float32:  # in lower precision attention's own is good to 1e-4
         lse = kvfx.attention_lse(query.contiguous(), key.contiguous(), key.contiguous(), how.scale)[1]
-        assert_within_rounding(kvfx.column_attention(*arguments, lse, *how), low, exact)
+        assert_within_rounding(op(*arguments, lse, *how), low, exact)
+
+
+# Both operators in the same form, and what they take between `valid` and `scale`: a window, or a log-sum-exp.
+BOTH = list(zip(forms_of("window_attention"), forms_of("column_attention"), strict=True))
+BEFORE_SCALE = {"window_attention": (8,), "column_attention": (None,)}
 
 
 @given(cases())
@@ -111,52 +118,129 @@ def test_attention_with_its_log_sum_exp_is_the_attention_bit_for_bit(case):
     assert_within_rounding(lse, of(torch.float32), of(torch.float64))
 
 
+@forms("column_attention")
 @pytest.mark.parametrize("size", [1.0, 3.0])
 @pytest.mark.parametrize("reduce", ["sum", "squares"])
-def test_column_attention_stays_exact_over_thousands_of_tokens(reduce, size):
-    query, key = Case(Dims(), torch.float32, "none", False, 0).draw((1, 2, 2500, 64), (1, 1, 2500, 64))
+def test_column_attention_stays_exact_over_thousands_of_tokens(op, reduce, size):
+    tokens = 900 if op.kernel else 2500  # the interpreter takes its time
+    query, key = Case(Dims(), torch.float32, "none", False, 0).draw((1, 2, tokens, 64), (1, 1, tokens, 64))
     how = Columns(None, reduce, "mean", 1, "avg")
     exact, low = (slow_columns(size * query, size * key, None, None, None, how, d) for d in (torch.float64, torch.float32))
-    assert_within_rounding(kvfx.column_attention(size * query, size * key, None, None, None, *how), low, exact)
+    assert_within_rounding(op(size * query, size * key, None, None, None, *how), low, exact)
 
 
+@pytest.mark.parametrize(("window_attention", "column_attention"), BOTH)
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_queries_give_away_one_each_and_a_window_of_all_is_the_column(tokens):
+def test_queries_give_away_one_each_and_a_window_of_all_is_the_column(tokens, window_attention, column_attention):
     query, key, *_ = OPS["column_attention"].inputs(Dims(S=tokens), torch.float32, "cpu", tokens)
     how = Columns(None, "sum", "mean", 1, "avg")
-    column = kvfx.column_attention(query, key, None, None, None, *how)
-    window = kvfx.window_attention(query, key, None, None, 64, *how)
+    column = column_attention(query, key, None, None, None, *how)
+    window = window_attention(query, key, None, None, 64, *how)
     assert (column >= 0).all()
     torch.testing.assert_close(column.sum(-1), torch.full((2, 2), float(tokens)))
     torch.testing.assert_close(column, window)
-    few = kvfx.window_attention(query, key, None, None, 3, *how)
+    few = window_attention(query, key, None, None, 3, *how)
     torch.testing.assert_close(few.sum(-1), torch.full((2, 2), float(min(3, tokens))))
 
 
-def test_over_all_heads_of_a_layer_every_kv_head_scores_alike():
+@forms("window_attention", "column_attention")
+def test_over_all_heads_of_a_layer_every_kv_head_scores_alike(op):
     query, key, *_ = OPS["window_attention"].inputs(Dims(G=3), torch.float32, "cpu", 0)
-    score = kvfx.window_attention(query, key, None, None, 1, None, "mean", "layer", 1, "avg")
+    score = op(query, key, None, None, *BEFORE_SCALE[op.name], None, "sum", "layer", 1, "avg")
     assert torch.equal(score[:, 0], score[:, 1])
 
 
-def test_attention_ignores_a_shift_of_all_keys():
+@forms("window_attention", "column_attention")
+def test_attention_ignores_a_shift_of_all_keys(op):
     """A vector added to every key adds one number to all logits of a query."""
     query, key, *_ = OPS["window_attention"].inputs(Dims(), torch.float32, "cpu", 0)
     for reduce in ("sum", "count", "squares"):
         how = (None, reduce, "mean", 3, "max")
-        for op in (lambda k, how=how: kvfx.window_attention(query, k, None, None, 8, *how),
-                   lambda k, how=how: kvfx.column_attention(query, k, None, None, None, *how)):  # fmt: skip
-            torch.testing.assert_close(op(key + 1.5), op(key), rtol=1e-4, atol=1e-6)
+        before, after = (op(query, k, None, None, *BEFORE_SCALE[op.name], *how) for k in (key, key + 1.5))
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", ["window_attention", "column_attention"])
+@forms("window_attention", "column_attention")
 @pytest.mark.parametrize(("option", "value"), [("reduce", "median"), ("heads", "all"), ("pool_kind", "min")])
 def test_unknown_reductions_are_refused(op, option, value):
-    names = [argument.name for argument in OPS[op].overload._schema.arguments]
-    arguments = list(OPS[op].inputs(Dims(), torch.float32, "cpu", 0))
+    names = [argument.name for argument in OPS[op.name].overload._schema.arguments]
+    arguments = list(OPS[op.name].inputs(Dims(), torch.float32, "cpu", 0))
     arguments[names.index(option)] = value
     with pytest.raises(ValueError, match=f"{option}='{value}': expected"):
-        OPS[op].overload(*arguments)
+        op(*arguments)
+
+
+# What kernels that take tiles of tokens could get wrong.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "width", "dtype", "padding"),
+    [
+        (257, 64, 80, torch.bfloat16, "none"),  # a tile of keys and one token; the window ends in the second
+        (320, 65, 96, torch.float16, "left"),  # whole tiles; the window is a tile of queries and one
+        (255, 300, 256, torch.bfloat16, "interior"),  # a window longer than the row, in tiles of the widest heads
+        (129, 128, 80, torch.float32, "right"),  # channels in two parts and a half
+        (513, 1, 32, torch.float32, "interior"),  # the last piece is one token, and one query asks
+    ],
+)
+@forms("window_attention", "column_attention")
+def test_tiles_end_where_they_should(op, tokens, window, width, dtype, padding):
+    case = Case(Dims(2, 1, 3, tokens, width), dtype, padding, True, tokens)
+    query, key = case.draw((2, 3, tokens, width), (2, 1, tokens, width))
+    is_window = op.name == "window_attention"
+    for reduce, heads in (("max", "mean"), ("sum", "max")) if is_window else (("squares", "max"),):
+        how = Columns(None, reduce, heads, 1, "avg")
+        exact, low = (
+            slow_columns(query, key, None, case.valid(), window if is_window else None, how, dtype)
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert_within_rounding(op(query, key, None, case.valid(), window if is_window else None, *how), low, exact)
+
+
+@forms("window_attention", "column_attention")
+def test_rows_without_a_real_token_score_nothing_beside_rows_of_one(op):
+    valid = torch.zeros(3, 70, dtype=torch.bool)
+    valid[1, 66] = True
+    query, key = Case(Dims(B=3, S=70), torch.float32, "none", False, 0).draw((3, 4, 70, 16), (3, 2, 70, 16))
+    query, key = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in (query, key))
+    score = op(query, key, None, valid, *BEFORE_SCALE[op.name], None, "sum", "mean", 1, "avg")
+    assert torch.equal(score, valid[:, None].expand(-1, 2, -1).float())
+
+
+@forms("window_attention", "column_attention")
+def test_equal_keys_share_what_each_query_gives_and_one_that_stands_out_takes_it_all(op):
+    tokens = 300
+    query, key = torch.ones(1, 2, tokens, 16), torch.ones(1, 1, tokens, 16)
+    how = (None, "sum", "mean", 1, "avg")
+    asking = torch.arange(tokens - 8 if op.name == "window_attention" else 0, tokens)
+    shares = torch.where(asking[:, None] >= torch.arange(tokens), 1 / (asking[:, None] + 1.0), 0).sum(0)
+    torch.testing.assert_close(op(query, key, None, None, *BEFORE_SCALE[op.name], *how)[0, 0], shares)
+    key[:, :, 100] = 300
+    score = op(query, key, None, None, *BEFORE_SCALE[op.name], *how)[0, 0]
+    rounding = 1200 * torch.finfo(torch.float32).eps  # of its logit, which is that of the weight
+    torch.testing.assert_close(score[100], (asking >= 100).sum().float(), rtol=rounding, atol=0)
+    assert (score[101:] == 0).all()
+
+
+@forms("column_attention")
+def test_a_given_log_sum_exp_is_what_queries_pay_by(op):
+    """Shifting it scales what a key receives; and it may have any strides."""
+    query, key, *_ = OPS["column_attention"].inputs(Dims(S=70), torch.float32, "cpu", 0)
+    lse = kvfx.attention_lse(query, key, key, None)[1].contiguous()
+    shifted = torch.stack([lse + 1, lse], -1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0]
+    for reduce, factor in (("sum", 1), ("squares", 2)):
+        how = (None, reduce, "mean", 1, "avg")
+        expected = op(query, key, None, None, lse, *how) * math.exp(-factor)
+        torch.testing.assert_close(op(query, key, None, None, shifted, *how), expected)
+
+
+@pytest.mark.parametrize("name", ["window_attention", "column_attention"])
+def test_kernels_of_columns_say_what_they_do_not_take(name):
+    query, key, *rest = OPS[name].inputs(Dims(), torch.float32, "cpu", 0)
+    negative = [*rest[:3], -0.5, *rest[4:]]
+    assert OPS[name].refusal(query, key, *negative) == "the scale -0.5 is not positive"
+    assert OPS[name].refusal(query.half(), key, *rest) == "queries are torch.float16 and keys torch.float32"
+    assert OPS[name].refusal(query.double(), key.double(), *rest) == "torch.float64 is not one of float32, bfloat16 and float16"
 
 
 # Keys alone.
