@@ -232,9 +232,9 @@ def test_chunks_of_room_that_is_not_filled_yet_give_nothing(op):
 
 @forms("ragged_attention")
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("factor", [0.0, 1e-3, 300.0])
+@pytest.mark.parametrize("factor", [0.0, 1e-3, 10.0, 300.0])
 def test_logits_may_be_equal_small_or_large(factor, softcap, op):
-    case = PLAIN._replace(softcap=softcap)
+    case = PLAIN._replace(softcap=softcap, with_sinks=True)
     given = given_of(case)
     given.arguments[0] = given.arguments[0] * factor
     check(op, case, given)
