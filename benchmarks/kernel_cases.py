@@ -32,6 +32,15 @@ class Sizes:
     dims: Dims
     dtype: torch.dtype
     device: str = "meta"
+    padded: bool = False
+
+    def valid(self) -> Tensor | None:
+        """[B, S] bool where rows are padded."""
+        return torch.ones(self.dims.B, self.dims.S, dtype=torch.bool, device=self.device) if self.padded else None
+
+    def counts(self) -> Tensor | None:
+        """[B] int64, how many tokens rows keep where they are padded."""
+        return torch.full((self.dims.B,), self.kept(), device=self.device) if self.padded else None
 
     def tensor(self, *shape: int) -> Tensor:
         """Normal numbers."""
@@ -122,21 +131,28 @@ def blocks_masked(sizes: Sizes) -> tuple[Any, ...]:
 # Arguments of each operator as policies call it.
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
-    "zscore": lambda sizes: (sizes.scores(), None, 8, 4),
-    "key_diff": lambda sizes: (sizes.keys(), None),
-    "compact": lambda sizes: (sizes.keys(), sizes.keys(), sizes.positions(), sizes.slots(sizes.dims.Hkv, sizes.kept()), False),
+    "zscore": lambda sizes: (sizes.scores(), sizes.valid(), 8, 4),
+    "key_diff": lambda sizes: (sizes.keys(), sizes.valid()),
+    "compact": lambda sizes: (
+        sizes.keys(), sizes.keys(), sizes.positions(), sizes.slots(sizes.dims.Hkv, sizes.kept()), sizes.padded,
+    ),
     "pack": lambda sizes: (*sizes.pool(), sizes.keys(), sizes.keys(), sizes.positions(), *sizes.written()),
-    "select": lambda sizes: (sizes.scores(), sizes.kept(), None),
-    "select_heads": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 5, 1, 1, 2),
-    "splice": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), None, 1, 2),
-    "redundancy": lambda sizes: (sizes.keys(), None),
+    "select": lambda sizes: (sizes.scores(), sizes.kept(), sizes.counts()),
+    "select_heads": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), sizes.counts(), 1, 5, 1, 1, 2),
+    "splice": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), sizes.counts(), 1, 2),
+    "redundancy": lambda sizes: (sizes.keys(), sizes.valid()),
     "ragged_attention": blocks_held,
-    "window_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, WINDOW, None, "mean", "mean", 5, "avg"),
-    "column_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, None, None, "count", "mean", 1, "avg"),
-}
+    "window_attention": lambda sizes: (
+        sizes.queries(), sizes.keys(), None, sizes.valid(), WINDOW, None, "mean", "mean", 5, "avg",
+    ),
+    "column_attention": lambda sizes: (
+        sizes.queries(), sizes.keys(), None, sizes.valid(), None, None, "count", "mean", 1, "avg",
+    ),
+}  # fmt: skip
 
 SIZES = {
     "bf16": Sizes(LLAMA, torch.bfloat16),
+    "padded": Sizes(LLAMA, torch.bfloat16, padded=True),
     "fp32": Sizes(LLAMA, torch.float32),
     "D 32": Sizes(LLAMA._replace(D=32), torch.bfloat16),
     "D 80": Sizes(LLAMA._replace(D=80), torch.float16),

@@ -77,7 +77,9 @@ def _columns_kernel(
     if TOGETHER:
         head *= GROUPS
     batch = head // (heads * GROUPS)
-    slot_ptr, length, asking, first = row_of(slot_ptr, length_ptr, batch, tokens, window, PADDED)
+    length, asking, first = row_of(length_ptr, batch, tokens, window, PADDED)
+    if PADDED:
+        slot_ptr += batch * tokens
 
     rank = tile * HELD + tl.arange(0, HELD)
     live = rank < length

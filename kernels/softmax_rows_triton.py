@@ -66,7 +66,9 @@ def _lse_kernel(
     rest = tl.program_id(0) // (rows * heads)
     tile = tiles - 1 - rest % tiles
     batch = head // heads
-    slot_ptr, _, asking, first = row_of(slot_ptr, length_ptr, batch, tokens, window, PADDED)
+    _, asking, first = row_of(length_ptr, batch, tokens, window, PADDED)
+    if PADDED:
+        slot_ptr += batch * tokens
 
     # A query's heads lie side by side in the tile: they see the same keys.
     place = tile * HELD + tl.arange(0, HELD)

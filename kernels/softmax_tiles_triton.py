@@ -91,13 +91,11 @@ def tiles_of(query: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def row_of(slot_ptr, length_ptr, batch, tokens, window, PADDED: tl.constexpr):
-    """A row of the batch: its slots, its length, how many of its queries ask, and the rank of the first."""
+def row_of(length_ptr, batch, tokens, window, PADDED: tl.constexpr):
+    """A row of the batch: its length, how many of its queries ask, and the rank of the first."""
     length = length_of(length_ptr, batch, tokens, PADDED)
-    if PADDED:
-        slot_ptr += batch * tokens
     asking = tl.minimum(length, window)
-    return slot_ptr, length, asking, length - asking
+    return length, asking, length - asking
 
 
 @triton.jit
