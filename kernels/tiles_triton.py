@@ -44,7 +44,8 @@ def length_of(length_ptr, batch, tokens, PADDED: tl.constexpr):
     """Real tokens of a row."""
     if PADDED:
         return tl.load(length_ptr + batch).to(tl.int32)
-    return tokens
+    else:  # both branches return, as a compiled function has one type
+        return tokens
 
 
 @triton.jit
@@ -52,4 +53,5 @@ def slots_of(source_ptr, token, live, PADDED: tl.constexpr):
     """Where a row's real tokens stand; `source_ptr` is at the row's list of them, see `rows.sources`."""
     if PADDED:
         return tl.load(source_ptr + token, mask=live, other=0)
-    return token
+    else:
+        return token
