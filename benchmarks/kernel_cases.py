@@ -63,6 +63,7 @@ class Case:
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
     "key_diff": lambda sizes: (sizes.keys(), None),
+    "chunk_attention": lambda sizes: (sizes.queries(), sizes.keys(), sizes.keys(), None, 256, 1.0, 3),
 }
 
 SIZES = {

@@ -36,3 +36,19 @@ def load_rows(base, rows, live, stride_row, stride_column, COLUMNS: tl.constexpr
     column = tl.arange(0, BLOCK_D)
     offset = rows.to(tl.int64)[:, None] * stride_row + column[None] * stride_column
     return tl.load(base + offset, mask=live[:, None] & (column < COLUMNS)[None], other=0.0)
+
+
+@triton.jit
+def length_of(length_ptr, batch, tokens, PADDED: tl.constexpr):
+    """Real tokens of a row."""
+    if PADDED:
+        return tl.load(length_ptr + batch).to(tl.int32)
+    return tokens
+
+
+@triton.jit
+def slots_of(source_ptr, token, live, PADDED: tl.constexpr):
+    """Where a row's real tokens stand; `source_ptr` is at the row's list of them, see `rows.sources`."""
+    if PADDED:
+        return tl.load(source_ptr + token, mask=live, other=0)
+    return token

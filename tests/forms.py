@@ -17,6 +17,10 @@ from torch.utils._pytree import tree_map_only
 from kvfx.kernels import OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    from interpreter import repair
+
+    repair()
 
 
 @dataclass(frozen=True)
