@@ -33,6 +33,10 @@ class Sizes:
         """[B, Hkv, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv, self.dims.S, self.dims.D)
 
+    def sketch(self) -> Tensor:
+        """[Hkv, D, 48] float32."""
+        return torch.randn(self.dims.Hkv, self.dims.D, 48, device=self.device)
+
     def queries(self) -> Tensor:
         """[B, Hq, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv * self.dims.G, self.dims.S, self.dims.D)
@@ -64,6 +68,7 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
     "key_diff": lambda sizes: (sizes.keys(), None),
     "chunk_attention": lambda sizes: (sizes.queries(), sizes.keys(), sizes.keys(), None, 256, 1.0, 3),
+    "leverage": lambda sizes: (sizes.keys(), None, sizes.sketch(), 512),
 }
 
 SIZES = {

@@ -12,9 +12,8 @@ from .rows import from_front, places, pooled, sources
 from .tiles_triton import block_of, length_of, load_rows, refused, slots_of
 
 MAX_CHUNK = 256  # logits of a block of queries with all keys of the chunk stand in registers
-BLOCK_M = 64  # queries of a block: one instruction of four warps
 HEADS = 4  # query heads whose queries one program takes; more make more programs
-SLICE = 128  # bytes of a row that are read at a time where the whole row does not fit
+SLICE = 128  # bytes of a value that are read at a time
 
 
 def refusal(
@@ -50,15 +49,16 @@ def chunk_attention(
     length = None if valid is None else valid.sum(-1)
     chunks = triton.cdiv(tokens, chunk)
     parts = triton.cdiv(group, HEADS)
-    blocks = triton.cdiv(group * chunk, BLOCK_M)
-    wide = SLICE // key.element_size()
+    # In float32 two keys' tiles, high and low parts, do not fit: keys pass in steps, and half as many queries leave them room.
+    step, block_m = (16, 32) if key.dtype == torch.float32 else (block_of(dim), 64)
+    blocks = triton.cdiv(group * chunk, block_m)
     paid = key.new_empty((batch, heads, parts, tokens), dtype=torch.float32)
     wrap_triton(_chunk_attention_kernel)[(batch * heads * chunks * parts,)](
         query, key, value, source, length, paid, *query.stride(), *key.stride(), *(value.stride() if value is not None else [0] * 4),
         heads, tokens, chunks, parts, scale * math.log2(math.e), GROUP=group, CHUNK=chunk, BLOCKS=triton.cdiv(blocks, parts),
-        DIM=dim, DIM_V=0 if value is None else value.shape[-1], BLOCK_M=BLOCK_M, BLOCK_N=block_of(chunk), BLOCK_D=block_of(dim),
-        STEP=block_of(dim) if key.dtype != torch.float32 else min(wide, block_of(dim)), STEP_V=wide, PADDED=valid is not None,
-        num_warps=4, num_stages=2,
+        DIM=dim, DIM_V=0 if value is None else value.shape[-1], BLOCK_M=block_m, BLOCK_N=block_of(chunk), BLOCK_D=block_of(dim),
+        STEP=step, STEP_V=SLICE // key.element_size(), WHOLE=step == block_of(dim), PADDED=valid is not None,
+        num_warps=8, num_stages=2,
     )  # fmt: skip
     score = paid.sum(2) if parts > 1 else paid.squeeze(2)
     slot = torch.arange(tokens, device=key.device)
@@ -84,7 +84,7 @@ def _chunk_attention_kernel(
     heads, tokens, chunks, parts, scale,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, STEP_V: tl.constexpr,
-    PADDED: tl.constexpr,
+    WHOLE: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     # The parts of a chunk are neighbours, and so are the chunks of a head: they find each other's rows in the cache.
     part = tl.program_id(0) % parts
@@ -99,7 +99,7 @@ def _chunk_attention_kernel(
     slot = slots_of(source_ptr, first + column, live, PADDED)
     queries = query_ptr + batch * stride_qb + head * GROUP * stride_qh
     keys = key_ptr + batch * stride_kb + head * stride_kh
-    if STEP == BLOCK_D:
+    if WHOLE:
         key = load_rows(keys, slot, live, stride_ks, stride_kd, DIM, BLOCK_D).T  # before the loop, so that it is stored once
     # Tensor cores leave rows r and r + 8 of a tile in one thread: these two are added before they are kept.
     paid = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
@@ -110,12 +110,12 @@ def _chunk_attention_kernel(
         asks = (item < GROUP * CHUNK) & (token < count)
         base = queries + (item // CHUNK).to(tl.int64)[:, None] * stride_qh
         place = slots_of(source_ptr, first + token, asks, PADDED)
-        if STEP == BLOCK_D:
+        if WHOLE:
             query = load_rows(base, place, asks, stride_qs, stride_qd, DIM, BLOCK_D)
             logits = tl.dot(query, key)
         else:
             logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for start in tl.static_range(0, DIM, STEP):
+            for start in range(0, DIM, STEP):  # not unrolled, so that keys are read again and not kept
                 query = load_rows(base + start * stride_qd, place, asks, stride_qs, stride_qd, DIM - start, STEP)
                 key = load_rows(keys + start * stride_kd, slot, live, stride_ks, stride_kd, DIM - start, STEP).T
                 logits = tl.dot(query, key, logits, input_precision="tf32x3")

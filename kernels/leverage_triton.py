@@ -1,0 +1,201 @@
+"""Score by how far a key stands outside the span of its neighbours, in two passes over the keys.
+
+A chunk is made of pieces, each the work of one program; so a chunk may be a whole row of any length.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .rows import places, sources
+from .tiles_triton import block_of, length_of, load_rows, refused, slots_of
+
+MAX_SIZE = 64  # columns of a sketch: their Gram matrix stands in registers
+TILE = 8192  # elements of a tile of keys
+PIECE = 256  # tokens of a piece of a chunk: programs enough for a multiprocessor each
+LONG_PIECE = 1024  # of a whole row, whose pieces are put together one after the other
+
+
+def refusal(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> str | None:
+    """See `KernelOp.refusal`."""
+    if sketch.dtype != torch.float32:
+        return f"a sketch of {sketch.dtype} is not of float32"
+    if sketch.shape[-1] > MAX_SIZE:
+        return f"{sketch.shape[-1]} columns of the sketch are more than {MAX_SIZE}"
+    return refused(key)
+
+
+def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> Tensor:
+    """Launch three kernels: each piece's mean and Gram matrix, each chunk's factor, each token's score.
+
+    With L the Cholesky factor of a chunk's Gram matrix, a score is the squared length of the centred key times sketch * L⁻ᵀ, so
+    scores are one product more, of the same size as the sketch's. A piece is centred on its own mean, and pieces join by theirs.
+
+    Floor: 2 * D * itemsize bytes read and 4 written per token and KV head; a piece's second look at its keys finds them in the L2
+    cache. 4*D*k + 2*k*k flops, each three times in TF32, since centred keys are of float32: with D = 128 and k = 48, padded to 64,
+    that is 123 kflop for 512 bytes, which an H100 does in about twice the time of the bytes. The factor is k steps, each of which
+    waits for the one before, in about 10 us a chunk, all chunks side by side.
+    """
+    batch, heads, tokens, dim = key.shape
+    size = sketch.shape[-1]
+    place = places(valid)
+    source = None if place is None else sources(place)
+    length = None if valid is None else valid.sum(-1)
+    width = chunk or tokens
+    chunks = triton.cdiv(tokens, chunk) if chunk else 1
+    piece = PIECE if chunk else LONG_PIECE
+    parts = triton.cdiv(width, piece)
+    block_d = block_of(dim)
+    block_s = TILE // block_d
+    if chunk:
+        block_s = min(block_s, block_of(chunk))
+    sizes = {"DIM": dim, "SIZE": size, "PIECE": piece, "BLOCK_D": block_d, "BLOCK_K": block_of(size), "PADDED": valid is not None}
+    rows = (source, length, tokens, width, chunks, parts)
+    strides = (0, *sketch.stride()) if sketch.dim() == 3 else sketch.stride()
+    mean = key.new_empty((batch, heads, chunks * parts, dim), dtype=torch.float32)
+    gram = key.new_empty((batch, heads, chunks * parts, size, size), dtype=torch.float32)
+    wrap_triton(_gram_kernel)[(batch * heads * chunks * parts,)](
+        key, sketch, mean, gram, *rows, heads, *key.stride(), *strides, BLOCK_S=block_s, **sizes, num_warps=4, num_stages=1
+    )
+    centre = key.new_empty((batch, heads, chunks, dim), dtype=torch.float32)
+    span = key.new_empty((batch, heads, chunks, dim, size), dtype=torch.float32)
+    wrap_triton(_factor_kernel)[(batch * heads * chunks,)](
+        sketch, mean, gram, centre, span, *rows[1:], heads, *strides, **sizes, num_warps=8
+    )
+    score = key.new_empty((batch, heads, tokens), dtype=torch.float32)
+    wrap_triton(_score_kernel)[(batch * heads * chunks * parts,)](
+        key, centre, span, score, *rows, heads, *key.stride(), BLOCK_S=block_s, **sizes, num_warps=4, num_stages=1
+    )
+    return score if valid is None else score.masked_fill(~valid.unsqueeze(1), 0)
+
+
+@triton.jit
+def _piece(piece, length, width, parts, PIECE: tl.constexpr):
+    """First token of a piece of a row, and the token behind its last; the same where it is empty."""
+    chunk = piece // parts
+    first = tl.minimum(chunk * width + piece % parts * PIECE, length)
+    return first, tl.minimum(tl.minimum(first + PIECE, (chunk + 1) * width), length)
+
+
+@triton.jit
+def _centred(
+    base, source_ptr, token, end, mean, stride_s, stride_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr
+):
+    """Keys less their mean, [len(token), BLOCK_D] float32; 0 behind the end."""
+    live = token < end
+    slot = slots_of(source_ptr, token, live, PADDED)
+    key = load_rows(base, slot, live, stride_s, stride_d, DIM, BLOCK_D).to(tl.float32)
+    return tl.where(live[:, None], key - mean[None], 0.0)
+
+
+@triton.jit
+def _gram_kernel(
+    key_ptr, sketch_ptr, mean_ptr, gram_ptr, source_ptr, length_ptr, tokens, width, chunks, parts, heads,
+    stride_b, stride_h, stride_s, stride_d, stride_pb, stride_ph, stride_pd, stride_pk,
+    DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    row, piece = (tl.program_id(0) // (chunks * parts)).to(tl.int64), tl.program_id(0) % (chunks * parts)
+    batch, head = row // heads, row % heads
+    if PADDED:
+        source_ptr += batch * tokens
+    start, end = _piece(piece, length_of(length_ptr, batch, tokens, PADDED), width, parts, PIECE)
+    base = key_ptr + batch * stride_b + head * stride_h
+    channel, column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    none = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(start, end, BLOCK_S):
+        total += _centred(base, source_ptr, first + tl.arange(0, BLOCK_S), end, none, stride_s, stride_d, DIM, BLOCK_D, PADDED)
+    mean = tl.sum(total, 0) / tl.maximum(end - start, 1)
+    sketch = load_rows(
+        sketch_ptr + batch * stride_pb + head * stride_ph, channel, channel < DIM, stride_pd, stride_pk, SIZE, BLOCK_K
+    )
+    gram = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+    for first in range(start, end, BLOCK_S):
+        keys = _centred(base, source_ptr, first + tl.arange(0, BLOCK_S), end, mean, stride_s, stride_d, DIM, BLOCK_D, PADDED)
+        x = tl.dot(keys, sketch, input_precision="tf32x3")
+        gram = tl.dot(x.T, x, gram, input_precision="tf32x3")
+    place = tl.program_id(0).to(tl.int64)
+    tl.store(mean_ptr + place * DIM + channel, mean, mask=channel < DIM)
+    cell = column[:, None] * SIZE + column[None]
+    tl.store(gram_ptr + place * SIZE * SIZE + cell, gram, mask=(column[:, None] < SIZE) & (column[None] < SIZE))
+
+
+@triton.jit
+def _factor_kernel(
+    sketch_ptr, mean_ptr, gram_ptr, centre_ptr, span_ptr, length_ptr, tokens, width, chunks, parts, heads,
+    stride_pb, stride_ph, stride_pd, stride_pk,
+    DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    batch, head = row // heads, row % heads
+    length = length_of(length_ptr, batch, tokens, PADDED)
+    last = tl.maximum(length // width - 1, 0)  # the chunk which takes in the short tail; those behind it are asked for nothing
+    begin = chunk * parts
+    end = tl.where(chunk < last, begin + parts, tl.where(chunk == last, tl.minimum(begin + 2 * parts, chunks * parts), begin))
+    channel, column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
+    held = channel < DIM
+    mean_ptr += row * chunks * parts * DIM
+    gram_ptr += row * chunks * parts * SIZE * SIZE
+    count, mean = 0, tl.zeros((BLOCK_D,), tl.float32)
+    for piece in range(begin, end):
+        first, behind = _piece(piece, length, width, parts, PIECE)
+        count += behind - first
+        mean += tl.load(mean_ptr + piece * DIM + channel, mask=held, other=0.0) * (behind - first)
+    mean /= tl.maximum(count, 1)
+    span = load_rows(sketch_ptr + batch * stride_pb + head * stride_ph, channel, held, stride_pd, stride_pk, SIZE, BLOCK_K)
+    inside = (column[:, None] < SIZE) & (column[None] < SIZE)
+    gram = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
+    for piece in range(begin, end):
+        first, behind = _piece(piece, length, width, parts, PIECE)
+        cell = gram_ptr + piece.to(tl.int64) * SIZE * SIZE + column[:, None] * SIZE + column[None]
+        away = tl.load(mean_ptr + piece * DIM + channel, mask=held, other=0.0) - mean
+        away = tl.sum(tl.where(behind > first, away, 0.0)[:, None] * span, 0)
+        gram += tl.load(cell, mask=inside, other=0.0) + (away * (behind - first))[:, None] * away[None]
+    diagonal = column[:, None] == column[None]
+    ridge = 1e-4 / SIZE * tl.sum(tl.where(diagonal, gram, 0.0)) + 1e-6
+    gram += tl.where(diagonal, ridge, 0.0)
+    # Column by column: gram = L Lᵀ, and what stands beside it becomes sketch * L⁻ᵀ.
+    for step in range(SIZE if end > begin else 0):
+        at = (column == step)[None]
+        line = tl.sum(tl.where(at, gram, 0.0), 1)[None]  # [1, BLOCK_K]; the column's numbers, laid out as a row
+        pivot = tl.sum(tl.where(at, line, 0.0), 1)  # [1]
+        scale = 1.0 / tl.sqrt(tl.where(pivot < ridge, ridge, pivot))  # smaller by rounding alone
+        line = tl.where(column[None] > step, line * scale[:, None], 0.0)
+        gram -= line.T * line
+        done = tl.sum(tl.where(at, span, 0.0), 1)[:, None] * scale[:, None]
+        span = tl.where(at, done, span - done * line)
+    place = tl.program_id(0).to(tl.int64)
+    tl.store(centre_ptr + place * DIM + channel, mean, mask=held)
+    cell = channel[:, None] * SIZE + column[None]
+    tl.store(span_ptr + place * DIM * SIZE + cell, span, mask=held[:, None] & (column < SIZE)[None])
+
+
+@triton.jit
+def _score_kernel(
+    key_ptr, centre_ptr, span_ptr, score_ptr, source_ptr, length_ptr, tokens, width, chunks, parts, heads,
+    stride_b, stride_h, stride_s, stride_d,
+    DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    row, piece = (tl.program_id(0) // (chunks * parts)).to(tl.int64), tl.program_id(0) % (chunks * parts)
+    batch, head = row // heads, row % heads
+    if PADDED:
+        source_ptr += batch * tokens
+    length = length_of(length_ptr, batch, tokens, PADDED)
+    start, end = _piece(piece, length, width, parts, PIECE)
+    base = key_ptr + batch * stride_b + head * stride_h
+    channel = tl.arange(0, BLOCK_D)
+    chunk = row * chunks + tl.minimum(piece // parts, tl.maximum(length // width - 1, 0))
+    centre = tl.load(centre_ptr + chunk * DIM + channel, mask=channel < DIM, other=0.0)
+    span = load_rows(span_ptr + chunk * DIM * SIZE, channel, channel < DIM, SIZE, 1, SIZE, BLOCK_K)
+    for first in range(start, end, BLOCK_S):
+        token = first + tl.arange(0, BLOCK_S)
+        keys = _centred(base, source_ptr, token, end, centre, stride_s, stride_d, DIM, BLOCK_D, PADDED)
+        x = tl.dot(keys, span, input_precision="tf32x3")
+        score = tl.sum(x * x, 1)
+        slot = slots_of(source_ptr, token, token < end, PADDED)
+        tl.store(score_ptr + row * tokens + slot, tl.where(score > 1, 1.0, score), mask=token < end)  # not a number stays that
