@@ -151,7 +151,7 @@ def _factor_kernel(
     gram = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     for piece in range(begin, end):
         first, behind = _piece(piece, length, width, parts, PIECE)
-        cell = gram_ptr + piece.to(tl.int64) * SIZE * SIZE + column[:, None] * SIZE + column[None]
+        cell = gram_ptr + tl.cast(piece, tl.int64) * SIZE * SIZE + column[:, None] * SIZE + column[None]
         away = tl.load(mean_ptr + piece * DIM + channel, mask=held, other=0.0) - mean
         away = tl.sum(tl.where(behind > first, away, 0.0)[:, None] * span, 0)
         gram += tl.load(cell, mask=inside, other=0.0) + (away * (behind - first))[:, None] * away[None]
