@@ -13,9 +13,8 @@ from .rows import places, sources
 from .tiles_triton import block_of, length_of, load_rows, refused, slots_of
 
 MAX_SIZE = 64  # columns of a sketch: their Gram matrix stands in registers
-TILE = 8192  # elements of a tile of keys
-PIECE = 256  # tokens of a piece of a chunk: programs enough for a multiprocessor each
-LONG_PIECE = 1024  # of a whole row, whose pieces are put together one after the other
+PIECE = 128  # tokens of a piece: their sketched keys stand in registers
+STEP = 32  # channels that are multiplied at a time: centred keys are split in two for the product, and take room
 
 
 def refusal(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> str | None:
@@ -45,88 +44,79 @@ def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> T
     length = None if valid is None else valid.sum(-1)
     width = chunk or tokens
     chunks = triton.cdiv(tokens, chunk) if chunk else 1
-    piece = PIECE if chunk else LONG_PIECE
+    piece = min(PIECE, block_of(chunk)) if chunk else PIECE
     parts = triton.cdiv(width, piece)
-    block_d = block_of(dim)
-    block_s = TILE // block_d
-    if chunk:
-        block_s = min(block_s, block_of(chunk))
-    sizes = {"DIM": dim, "SIZE": size, "PIECE": piece, "BLOCK_D": block_d, "BLOCK_K": block_of(size), "PADDED": valid is not None}
-    rows = (source, length, tokens, width, chunks, parts)
+    sizes = {"DIM": dim, "SIZE": size, "PIECE": piece, "BLOCK_K": block_of(size), "PADDED": valid is not None, "num_warps": 8}
     strides = (0, *sketch.stride()) if sketch.dim() == 3 else sketch.stride()
     mean = key.new_empty((batch, heads, chunks * parts, dim), dtype=torch.float32)
     gram = key.new_empty((batch, heads, chunks * parts, size, size), dtype=torch.float32)
     wrap_triton(_gram_kernel)[(batch * heads * chunks * parts,)](
-        key, sketch, mean, gram, *rows, heads, *key.stride(), *strides, BLOCK_S=block_s, **sizes, num_warps=4, num_stages=1
+        key, source, length, sketch, mean, gram, *key.stride(), *strides, heads, tokens, width, chunks, parts, STEP=STEP, **sizes
     )
-    centre = key.new_empty((batch, heads, chunks, dim), dtype=torch.float32)
-    span = key.new_empty((batch, heads, chunks, dim, size), dtype=torch.float32)
+    centre, factor = key.new_empty((batch, heads, chunks, dim), dtype=torch.float32), sketch.new_empty((batch, heads, chunks, dim, size))
+    joined = (mean, gram, parts) if chunk else (*_joined(mean, gram, length, tokens, sketch), 1)
     wrap_triton(_factor_kernel)[(batch * heads * chunks,)](
-        sketch, mean, gram, centre, span, *rows[1:], heads, *strides, **sizes, num_warps=8
+        length, sketch, *joined[:2], centre, factor, *strides, heads, tokens, width, chunks, joined[2], BLOCK_D=block_of(dim), **sizes
     )
     score = key.new_empty((batch, heads, tokens), dtype=torch.float32)
     wrap_triton(_score_kernel)[(batch * heads * chunks * parts,)](
-        key, centre, span, score, *rows, heads, *key.stride(), BLOCK_S=block_s, **sizes, num_warps=4, num_stages=1
+        key, source, length, centre, factor, score, *key.stride(), heads, tokens, width, chunks, parts, STEP=STEP, **sizes
     )
     return score if valid is None else score.masked_fill(~valid.unsqueeze(1), 0)
+
+
+def _joined(mean: Tensor, gram: Tensor, length: Tensor | None, tokens: int, sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """Make one piece of all pieces of a row, side by side: a program which takes them one after the other makes long rows wait."""
+    first = torch.arange(mean.shape[2], device=mean.device) * PIECE
+    behind = tokens if length is None else length.view(-1, 1)
+    count = (behind - first).clamp(0, PIECE).view(-1, 1, first.shape[0], 1).float()
+    centre = (mean * count).sum(2, keepdim=True) / count.sum(2, keepdim=True).clamp(min=1)
+    away = torch.where(count > 0, mean - centre, 0) @ sketch
+    return centre, gram.sum(2, keepdim=True) + ((away * count).mT @ away).unsqueeze(2)
 
 
 @triton.jit
 def _piece(piece, length, width, parts, PIECE: tl.constexpr):
     """First token of a piece of a row, and the token behind its last; the same where it is empty."""
-    chunk = piece // parts
-    first = tl.minimum(chunk * width + piece % parts * PIECE, length)
-    return first, tl.minimum(tl.minimum(first + PIECE, (chunk + 1) * width), length)
-
-
-@triton.jit
-def _centred(
-    base, source_ptr, token, end, mean, stride_s, stride_d, DIM: tl.constexpr, BLOCK_D: tl.constexpr, PADDED: tl.constexpr
-):
-    """Keys less their mean, [len(token), BLOCK_D] float32; 0 behind the end."""
-    live = token < end
-    slot = slots_of(source_ptr, token, live, PADDED)
-    key = load_rows(base, slot, live, stride_s, stride_d, DIM, BLOCK_D).to(tl.float32)
-    return tl.where(live[:, None], key - mean[None], 0.0)
+    first = tl.minimum(piece // parts * width + piece % parts * PIECE, length)
+    return first, tl.minimum(tl.minimum(first + PIECE, (piece // parts + 1) * width), length)
 
 
 @triton.jit
 def _gram_kernel(
-    key_ptr, sketch_ptr, mean_ptr, gram_ptr, source_ptr, length_ptr, tokens, width, chunks, parts, heads,
-    stride_b, stride_h, stride_s, stride_d, stride_pb, stride_ph, stride_pd, stride_pk,
-    DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
+    key_ptr, source_ptr, length_ptr, sketch_ptr, mean_ptr, gram_ptr,
+    stride_b, stride_h, stride_s, stride_d, stride_pb, stride_ph, stride_pd, stride_pk, heads, tokens, width, chunks, parts,
+    DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    row, piece = (tl.program_id(0) // (chunks * parts)).to(tl.int64), tl.program_id(0) % (chunks * parts)
+    place = tl.program_id(0).to(tl.int64)
+    row, piece = place // (chunks * parts), tl.program_id(0) % (chunks * parts)
     batch, head = row // heads, row % heads
+    first, end = _piece(piece, length_of(length_ptr, batch, tokens, PADDED), width, parts, PIECE)
+    token = first + tl.arange(0, PIECE)
+    live = token < end
     if PADDED:
         source_ptr += batch * tokens
-    start, end = _piece(piece, length_of(length_ptr, batch, tokens, PADDED), width, parts, PIECE)
-    base = key_ptr + batch * stride_b + head * stride_h
-    channel, column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    none = tl.zeros((BLOCK_D,), tl.float32)
-    for first in range(start, end, BLOCK_S):
-        total += _centred(base, source_ptr, first + tl.arange(0, BLOCK_S), end, none, stride_s, stride_d, DIM, BLOCK_D, PADDED)
-    mean = tl.sum(total, 0) / tl.maximum(end - start, 1)
-    sketch = load_rows(
-        sketch_ptr + batch * stride_pb + head * stride_ph, channel, channel < DIM, stride_pd, stride_pk, SIZE, BLOCK_K
-    )
-    gram = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
-    for first in range(start, end, BLOCK_S):
-        keys = _centred(base, source_ptr, first + tl.arange(0, BLOCK_S), end, mean, stride_s, stride_d, DIM, BLOCK_D, PADDED)
-        x = tl.dot(keys, sketch, input_precision="tf32x3")
-        gram = tl.dot(x.T, x, gram, input_precision="tf32x3")
-    place = tl.program_id(0).to(tl.int64)
-    tl.store(mean_ptr + place * DIM + channel, mean, mask=channel < DIM)
+    slot = slots_of(source_ptr, token, live, PADDED)
+    key_ptr += batch * stride_b + head * stride_h
+    sketch_ptr += batch * stride_pb + head * stride_ph
+    column = tl.arange(0, BLOCK_K)
+    x = tl.zeros((PIECE, BLOCK_K), tl.float32)
+    for start in range(0, DIM, STEP):
+        channel = start + tl.arange(0, STEP)
+        key = load_rows(key_ptr + start * stride_d, slot, live, stride_s, stride_d, DIM - start, STEP).to(tl.float32)
+        mean = tl.sum(key, 0) / tl.maximum(end - first, 1)
+        tl.store(mean_ptr + place * DIM + channel, mean, mask=channel < DIM)
+        key = tl.where(live[:, None], key - mean[None], 0.0)
+        x = tl.dot(key, load_rows(sketch_ptr, channel, channel < DIM, stride_pd, stride_pk, SIZE, BLOCK_K), x, "tf32x3")
+    gram = tl.dot(x.T, x, input_precision="tf32x3")
     cell = column[:, None] * SIZE + column[None]
     tl.store(gram_ptr + place * SIZE * SIZE + cell, gram, mask=(column[:, None] < SIZE) & (column[None] < SIZE))
 
 
 @triton.jit
 def _factor_kernel(
-    sketch_ptr, mean_ptr, gram_ptr, centre_ptr, span_ptr, length_ptr, tokens, width, chunks, parts, heads,
-    stride_pb, stride_ph, stride_pd, stride_pk,
+    length_ptr, sketch_ptr, mean_ptr, gram_ptr, centre_ptr, factor_ptr, stride_pb, stride_ph, stride_pd, stride_pk,
+    heads, tokens, width, chunks, parts,
     DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -146,14 +136,14 @@ def _factor_kernel(
         count += behind - first
         mean += tl.load(mean_ptr + piece * DIM + channel, mask=held, other=0.0) * (behind - first)
     mean /= tl.maximum(count, 1)
-    span = load_rows(sketch_ptr + batch * stride_pb + head * stride_ph, channel, held, stride_pd, stride_pk, SIZE, BLOCK_K)
+    factor = load_rows(sketch_ptr + batch * stride_pb + head * stride_ph, channel, held, stride_pd, stride_pk, SIZE, BLOCK_K)
     inside = (column[:, None] < SIZE) & (column[None] < SIZE)
     gram = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
     for piece in range(begin, end):
         first, behind = _piece(piece, length, width, parts, PIECE)
         cell = gram_ptr + tl.cast(piece, tl.int64) * SIZE * SIZE + column[:, None] * SIZE + column[None]
         away = tl.load(mean_ptr + piece * DIM + channel, mask=held, other=0.0) - mean
-        away = tl.sum(tl.where(behind > first, away, 0.0)[:, None] * span, 0)
+        away = tl.sum(tl.where(behind > first, away, 0.0)[:, None] * factor, 0)
         gram += tl.load(cell, mask=inside, other=0.0) + (away * (behind - first))[:, None] * away[None]
     diagonal = column[:, None] == column[None]
     ridge = 1e-4 / SIZE * tl.sum(tl.where(diagonal, gram, 0.0)) + 1e-6
@@ -166,36 +156,37 @@ def _factor_kernel(
         scale = 1.0 / tl.sqrt(tl.where(pivot < ridge, ridge, pivot))  # smaller by rounding alone
         line = tl.where(column[None] > step, line * scale[:, None], 0.0)
         gram -= line.T * line
-        done = tl.sum(tl.where(at, span, 0.0), 1)[:, None] * scale[:, None]
-        span = tl.where(at, done, span - done * line)
+        done = tl.sum(tl.where(at, factor, 0.0), 1)[:, None] * scale[:, None]
+        factor = tl.where(at, done, factor - done * line)
     place = tl.program_id(0).to(tl.int64)
     tl.store(centre_ptr + place * DIM + channel, mean, mask=held)
     cell = channel[:, None] * SIZE + column[None]
-    tl.store(span_ptr + place * DIM * SIZE + cell, span, mask=held[:, None] & (column < SIZE)[None])
+    tl.store(factor_ptr + place * DIM * SIZE + cell, factor, mask=held[:, None] & (column < SIZE)[None])
 
 
 @triton.jit
 def _score_kernel(
-    key_ptr, centre_ptr, span_ptr, score_ptr, source_ptr, length_ptr, tokens, width, chunks, parts, heads,
-    stride_b, stride_h, stride_s, stride_d,
-    DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
+    key_ptr, source_ptr, length_ptr, centre_ptr, factor_ptr, score_ptr,
+    stride_b, stride_h, stride_s, stride_d, heads, tokens, width, chunks, parts,
+    DIM: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr, BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row, piece = (tl.program_id(0) // (chunks * parts)).to(tl.int64), tl.program_id(0) % (chunks * parts)
     batch, head = row // heads, row % heads
+    length = length_of(length_ptr, batch, tokens, PADDED)
+    first, end = _piece(piece, length, width, parts, PIECE)
+    token = first + tl.arange(0, PIECE)
+    live = token < end
     if PADDED:
         source_ptr += batch * tokens
-    length = length_of(length_ptr, batch, tokens, PADDED)
-    start, end = _piece(piece, length, width, parts, PIECE)
-    base = key_ptr + batch * stride_b + head * stride_h
-    channel = tl.arange(0, BLOCK_D)
+    slot = slots_of(source_ptr, token, live, PADDED)
+    key_ptr += batch * stride_b + head * stride_h
     chunk = row * chunks + tl.minimum(piece // parts, tl.maximum(length // width - 1, 0))
-    centre = tl.load(centre_ptr + chunk * DIM + channel, mask=channel < DIM, other=0.0)
-    span = load_rows(span_ptr + chunk * DIM * SIZE, channel, channel < DIM, SIZE, 1, SIZE, BLOCK_K)
-    for first in range(start, end, BLOCK_S):
-        token = first + tl.arange(0, BLOCK_S)
-        keys = _centred(base, source_ptr, token, end, centre, stride_s, stride_d, DIM, BLOCK_D, PADDED)
-        x = tl.dot(keys, span, input_precision="tf32x3")
-        score = tl.sum(x * x, 1)
-        slot = slots_of(source_ptr, token, token < end, PADDED)
-        tl.store(score_ptr + row * tokens + slot, tl.where(score > 1, 1.0, score), mask=token < end)  # not a number stays that
+    y = tl.zeros((PIECE, BLOCK_K), tl.float32)
+    for start in range(0, DIM, STEP):
+        channel = start + tl.arange(0, STEP)
+        key = load_rows(key_ptr + start * stride_d, slot, live, stride_s, stride_d, DIM - start, STEP).to(tl.float32)
+        mean = tl.load(centre_ptr + chunk * DIM + channel, mask=channel < DIM, other=0.0)
+        factor = load_rows(factor_ptr + chunk * DIM * SIZE, channel, channel < DIM, SIZE, 1, SIZE, BLOCK_K)
+        y = tl.dot(tl.where(live[:, None], key - mean[None], 0.0), factor, y, "tf32x3")
+    score = tl.sum(y * y, 1)
+    tl.store(score_ptr + row * tokens + slot, tl.where(score > 1, 1.0, score), mask=live)  # what is not a number stays that
