@@ -15,6 +15,7 @@ from .tiles_triton import block_of, length_of, load_rows, refused, slots_of
 MAX_SIZE = 64  # columns of a sketch: their Gram matrix stands in registers
 PIECE = 128  # tokens of a piece: their sketched keys stand in registers
 STEP = 32  # channels that are multiplied at a time: centred keys are split in two for the product, and take room
+GRAM_STEP = 16  # where the Gram matrix wants room too
 
 
 def refusal(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> str | None:
@@ -44,14 +45,14 @@ def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> T
     length = None if valid is None else valid.sum(-1)
     width = chunk or tokens
     chunks = triton.cdiv(tokens, chunk) if chunk else 1
-    piece = min(PIECE, block_of(chunk)) if chunk else PIECE
+    piece = min(PIECE, block_of(chunk) * 2) if chunk else PIECE
     parts = triton.cdiv(width, piece)
     sizes = {"DIM": dim, "SIZE": size, "PIECE": piece, "BLOCK_K": block_of(size), "PADDED": valid is not None, "num_warps": 8}
     strides = (0, *sketch.stride()) if sketch.dim() == 3 else sketch.stride()
     mean = key.new_empty((batch, heads, chunks * parts, dim), dtype=torch.float32)
     gram = key.new_empty((batch, heads, chunks * parts, size, size), dtype=torch.float32)
     wrap_triton(_gram_kernel)[(batch * heads * chunks * parts,)](
-        key, source, length, sketch, mean, gram, *key.stride(), *strides, heads, tokens, width, chunks, parts, STEP=STEP, **sizes
+        key, source, length, sketch, mean, gram, *key.stride(), *strides, heads, tokens, width, chunks, parts, STEP=GRAM_STEP, **sizes
     )
     centre, factor = key.new_empty((batch, heads, chunks, dim), dtype=torch.float32), sketch.new_empty((batch, heads, chunks, dim, size))
     joined = (mean, gram, parts) if chunk else (*_joined(mean, gram, length, tokens, sketch), 1)
@@ -92,23 +93,27 @@ def _gram_kernel(
     row, piece = place // (chunks * parts), tl.program_id(0) % (chunks * parts)
     batch, head = row // heads, row % heads
     first, end = _piece(piece, length_of(length_ptr, batch, tokens, PADDED), width, parts, PIECE)
-    token = first + tl.arange(0, PIECE)
-    live = token < end
     if PADDED:
         source_ptr += batch * tokens
-    slot = slots_of(source_ptr, token, live, PADDED)
+    # Two halves, since the product of all tokens with themselves takes more registers than there are.
+    token = first + tl.arange(0, PIECE // 2)
+    here, there = token < end, token + PIECE // 2 < end
+    slot, other = slots_of(source_ptr, token, here, PADDED), slots_of(source_ptr, token + PIECE // 2, there, PADDED)
     key_ptr += batch * stride_b + head * stride_h
     sketch_ptr += batch * stride_pb + head * stride_ph
     column = tl.arange(0, BLOCK_K)
-    x = tl.zeros((PIECE, BLOCK_K), tl.float32)
+    x, y = tl.zeros((PIECE // 2, BLOCK_K), tl.float32), tl.zeros((PIECE // 2, BLOCK_K), tl.float32)
     for start in range(0, DIM, STEP):
         channel = start + tl.arange(0, STEP)
-        key = load_rows(key_ptr + start * stride_d, slot, live, stride_s, stride_d, DIM - start, STEP).to(tl.float32)
-        mean = tl.sum(key, 0) / tl.maximum(end - first, 1)
+        base = key_ptr + start * stride_d
+        key = load_rows(base, slot, here, stride_s, stride_d, DIM - start, STEP).to(tl.float32)
+        far = load_rows(base, other, there, stride_s, stride_d, DIM - start, STEP).to(tl.float32)
+        mean = (tl.sum(key, 0) + tl.sum(far, 0)) / tl.maximum(end - first, 1)
         tl.store(mean_ptr + place * DIM + channel, mean, mask=channel < DIM)
-        key = tl.where(live[:, None], key - mean[None], 0.0)
-        x = tl.dot(key, load_rows(sketch_ptr, channel, channel < DIM, stride_pd, stride_pk, SIZE, BLOCK_K), x, "tf32x3")
-    gram = tl.dot(x.T, x, input_precision="tf32x3")
+        sketch = load_rows(sketch_ptr, channel, channel < DIM, stride_pd, stride_pk, SIZE, BLOCK_K)
+        x = tl.dot(tl.where(here[:, None], key - mean[None], 0.0), sketch, x, "tf32x3")
+        y = tl.dot(tl.where(there[:, None], far - mean[None], 0.0), sketch, y, "tf32x3")
+    gram = tl.dot(y.T, y, tl.dot(x.T, x, input_precision="tf32x3"), "tf32x3")
     cell = column[:, None] * SIZE + column[None]
     tl.store(gram_ptr + place * SIZE * SIZE + cell, gram, mask=(column[:, None] < SIZE) & (column[None] < SIZE))
 
@@ -131,7 +136,7 @@ def _factor_kernel(
     mean_ptr += row * chunks * parts * DIM
     gram_ptr += row * chunks * parts * SIZE * SIZE
     count, mean = 0, tl.zeros((BLOCK_D,), tl.float32)
-    for piece in range(begin, end):
+    for piece in tl.range(begin, end, num_stages=3):
         first, behind = _piece(piece, length, width, parts, PIECE)
         count += behind - first
         mean += tl.load(mean_ptr + piece * DIM + channel, mask=held, other=0.0) * (behind - first)
@@ -139,7 +144,7 @@ def _factor_kernel(
     factor = load_rows(sketch_ptr + batch * stride_pb + head * stride_ph, channel, held, stride_pd, stride_pk, SIZE, BLOCK_K)
     inside = (column[:, None] < SIZE) & (column[None] < SIZE)
     gram = tl.zeros((BLOCK_K, BLOCK_K), tl.float32)
-    for piece in range(begin, end):
+    for piece in tl.range(begin, end, num_stages=3):
         first, behind = _piece(piece, length, width, parts, PIECE)
         cell = gram_ptr + tl.cast(piece, tl.int64) * SIZE * SIZE + column[:, None] * SIZE + column[None]
         away = tl.load(mean_ptr + piece * DIM + channel, mask=held, other=0.0) - mean
