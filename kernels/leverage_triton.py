@@ -44,9 +44,10 @@ def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> T
     source = None if place is None else sources(place)
     length = None if valid is None else valid.sum(-1)
     width = chunk or tokens
-    chunks = triton.cdiv(tokens, chunk) if chunk else 1
+    # Two where one would do: tracing specialises sizes of 1, and one graph shall serve all lengths. Empty ones cost nothing.
+    chunks = torch.sym_max(2, triton.cdiv(tokens, chunk)) if chunk else 1
     piece = min(PIECE, block_of(chunk) * 2) if chunk else PIECE
-    parts = triton.cdiv(width, piece)
+    parts = triton.cdiv(chunk, piece) if chunk else torch.sym_max(2, triton.cdiv(tokens, piece))
     sizes = {"DIM": dim, "SIZE": size, "PIECE": piece, "BLOCK_K": block_of(size), "PADDED": valid is not None, "num_warps": 8}
     strides = (0, *sketch.stride()) if sketch.dim() == 3 else sketch.stride()
     mean = key.new_empty((batch, heads, chunks * parts, dim), dtype=torch.float32)
