@@ -50,6 +50,10 @@ class Sizes:
         """[B, Hkv, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv, self.dims.S, self.dims.D)
 
+    def sketch(self) -> Tensor:
+        """[Hkv, D, 48] float32."""
+        return torch.randn(self.dims.Hkv, self.dims.D, 48, device=self.device)
+
     def queries(self) -> Tensor:
         """[B, Hq, S, D]."""
         return self.tensor(self.dims.B, self.dims.Hkv * self.dims.G, self.dims.S, self.dims.D)
@@ -148,6 +152,8 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "column_attention": lambda sizes: (
         sizes.queries(), sizes.keys(), None, sizes.valid(), None, None, "count", "mean", 1, "avg",
     ),
+    "chunk_attention": lambda sizes: (sizes.queries(), sizes.keys(), sizes.keys(), sizes.valid(), CHUNK, 1.0, 3),
+    "leverage": lambda sizes: (sizes.keys(), sizes.valid(), sizes.sketch(), 512),
 }  # fmt: skip
 
 SIZES = {

@@ -83,5 +83,6 @@ OP = KernelOp(
     "(Tensor query, Tensor key, Tensor? value, Tensor? valid, int chunk, float scale, int pool) -> Tensor",
     chunk_attention,
     _inputs,
+    triton="chunk_attention_triton:chunk_attention",
     cost="2*B*Hq*S*chunk*D flops",
 )

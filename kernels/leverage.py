@@ -84,5 +84,6 @@ OP = KernelOp(
     "(Tensor key, Tensor? valid, Tensor sketch, int chunk) -> Tensor",
     leverage,
     _inputs,
+    triton="leverage_triton:leverage",
     cost="B*Hkv*S*(2*D*k + 3*k*k) flops",
 )

@@ -298,24 +298,26 @@ def test_key_norm_is_the_negated_length(op, case):
     assert_within_rounding(op(key), low, exact)
 
 
+@forms("chunk_attention")
 @given(cases(), st.booleans(), st.sampled_from([1.0, 0.35]), st.sampled_from([1, 3, 7]), st.sampled_from([1, 3, CHUNK]))
 @many
-def test_chunk_attention_matches_its_definition_row_by_row(case, weighted, scale, pool, chunk):
+def test_chunk_attention_matches_its_definition_row_by_row(op, case, weighted, scale, pool, chunk):
     B, H, G, S, D = case.dims
     query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))
     arguments = (query, key, value if weighted else None, case.valid(), chunk, scale, pool)
     exact, low = (slow_chunk_attention(*arguments, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(kvfx.chunk_attention(*arguments), low, exact)
+    assert_within_rounding(op(*arguments), low, exact)
 
 
+@forms("leverage")
 @given(cases(), st.sampled_from([0, 3, CHUNK]), st.sampled_from([1, 3, 12]))
 @many
-def test_leverage_matches_its_definition_row_by_row(case, chunk, size):
+def test_leverage_matches_its_definition_row_by_row(op, case, chunk, size):
     B, H, _, S, D = case.dims
     (key,) = case.draw((B, H, S, D))
     arguments = (key, case.valid(), draw_sketch(case.seed, 0, H, D, size), chunk)
     exact, low = (slow_leverage(*arguments, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(kvfx.leverage(*arguments), low, exact)
+    assert_within_rounding(op(*arguments), low, exact)
 
 
 @given(cases(), st.integers(-(2**40), 2**40), st.integers(0, 100))
