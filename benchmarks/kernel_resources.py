@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import re
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def measure(case: Case, launch: Launch, chip: int, lengths: str) -> Resources:
     )  # fmt: skip
 
 
+@functools.cache  # operators that share a kernel share its code
 def _assembled(ptx: str, chip: int) -> tuple[int, int]:
     """Registers and bytes of spills, as ptxas tells."""
     ptxas: Any = knobs.nvidia.ptxas_blackwell if chip >= 100 and hasattr(knobs.nvidia, "ptxas_blackwell") else knobs.nvidia.ptxas
