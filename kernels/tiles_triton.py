@@ -31,7 +31,7 @@ def block_of(channels: int) -> int:
 
 
 @triton.jit
-def load_rows(base, rows, live, stride_row, stride_column, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(base, rows, live, stride_row, stride_column, COLUMNS, BLOCK_D: tl.constexpr):
     """Rows of a matrix at `base`, [len(rows), BLOCK_D], in its own type; 0 where `live` is false and behind its last column."""
     column = tl.arange(0, BLOCK_D)
     offset = rows.to(tl.int64)[:, None] * stride_row + column[None] * stride_column
@@ -43,7 +43,8 @@ def length_of(length_ptr, batch, tokens, PADDED: tl.constexpr):
     """Real tokens of a row."""
     if PADDED:
         return tl.load(length_ptr + batch).to(tl.int32)
-    return tokens
+    else:  # what stands behind a branch is compiled with either, and returns must agree
+        return tokens
 
 
 @triton.jit
@@ -51,4 +52,5 @@ def slots_of(source_ptr, token, live, PADDED: tl.constexpr):
     """Where a row's real tokens stand; `source_ptr` is at the row's list of them, see `rows.sources`."""
     if PADDED:
         return tl.load(source_ptr + token, mask=live, other=0)
-    return token
+    else:
+        return token
