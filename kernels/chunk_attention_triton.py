@@ -34,13 +34,13 @@ def chunk_attention(
 ) -> Tensor:
     """Launch one kernel: a program for each chunk of a KV head, and each HEADS query heads of its group.
 
-    The chunk's keys stay in shared memory while blocks of queries pass, and each logit is computed once. What a key receives is added
-    up in registers until the end. Neighbours are pooled in torch, because they may stand in other chunks.
+    The chunk's keys stay in shared memory while blocks of queries pass, and each logit is computed once. What a key receives is
+    added up in registers until the end. Neighbours are pooled in torch, because they may stand in other chunks.
 
-    Floor: (G*D + D + Dv) * itemsize bytes and 2*G*chunk*D flops per token and KV head. In bf16, D = 128, chunks of 256, that is 172
-    flops per byte, which an H100 does for 295: reading the queries bounds it, at 58 % of the matrix rate. Exponentials take as many
-    cycles as the products, so two programs on a multiprocessor take turns at them. In float32 a product is three of TF32, and keys
-    are read again for each block of queries, from the cache.
+    Floor: (G*D + D + Dv) * itemsize bytes and 2*G*chunk*D flops per token and KV head. In bf16, D = Dv = 128, G = 4, chunks of
+    256, that is 171 flops per byte, where an H100 does 295: reading the queries bounds it, at 58 % of the matrix rate. Exponentials
+    take as many cycles as the products. In chunks of 128 three programs fit a multiprocessor of sm_90 and take turns at the two; in
+    chunks of 256 one does. In float32 a product is three of TF32, and each block of queries reads the keys again.
     """
     batch, heads, tokens, dim = key.shape
     group = query.shape[1] // heads
@@ -52,12 +52,13 @@ def chunk_attention(
     # In float32 two keys' tiles, high and low parts, do not fit: keys pass in steps, and half as many queries leave them room.
     step, block_m = (16, 32) if key.dtype == torch.float32 else (block_of(dim), 64)
     blocks = triton.cdiv(group * chunk, block_m)
+    strides = (*query.stride(), *key.stride(), *((0,) * 4 if value is None else value.stride()))
     paid = key.new_empty((batch, heads, parts, tokens), dtype=torch.float32)
     wrap_triton(_chunk_attention_kernel)[(batch * heads * chunks * parts,)](
-        query, key, value, source, length, paid, *query.stride(), *key.stride(), *(value.stride() if value is not None else [0] * 4),
-        heads, tokens, chunks, parts, scale * math.log2(math.e), GROUP=group, CHUNK=chunk, BLOCKS=triton.cdiv(blocks, parts),
+        query, key, value, source, length, paid, *strides, heads, tokens, chunks, parts, scale * math.log2(math.e),
+        GROUP=group, CHUNK=chunk, BLOCKS=triton.cdiv(blocks, parts),
         DIM=dim, DIM_V=0 if value is None else value.shape[-1], BLOCK_M=block_m, BLOCK_N=block_of(chunk), BLOCK_D=block_of(dim),
-        STEP=step, STEP_V=SLICE // key.element_size(), WHOLE=step == block_of(dim), PADDED=valid is not None,
+        STEP=step, STEP_V=SLICE // key.element_size(), WHOLE=key.dtype != torch.float32, PADDED=valid is not None,
         num_warps=8, num_stages=2,
     )  # fmt: skip
     score = paid.sum(2) if parts > 1 else paid.squeeze(2)
@@ -80,8 +81,8 @@ def _norms(base, slot, live, stride_s, stride_d, DIM: tl.constexpr, STEP: tl.con
 @triton.jit
 def _chunk_attention_kernel(
     query_ptr, key_ptr, value_ptr, source_ptr, length_ptr, paid_ptr,
-    stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd, stride_vb, stride_vh, stride_vs, stride_vd,
-    heads, tokens, chunks, parts, scale,
+    stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
+    stride_vb, stride_vh, stride_vs, stride_vd, heads, tokens, chunks, parts, scale,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STEP: tl.constexpr, STEP_V: tl.constexpr,
     WHOLE: tl.constexpr, PADDED: tl.constexpr,

@@ -30,13 +30,13 @@ def refusal(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> st
 def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> Tensor:
     """Launch three kernels: each piece's mean and Gram matrix, each chunk's factor, each token's score.
 
-    With L the Cholesky factor of a chunk's Gram matrix, a score is the squared length of the centred key times sketch * L⁻ᵀ, so
-    scores are one product more, of the same size as the sketch's. A piece is centred on its own mean, and pieces join by theirs.
+    With L the Cholesky factor of a chunk's Gram matrix plus its ridge, a score is the squared length of the centred key times
+    sketch * L⁻ᵀ, found by substitution. A piece is centred on its own mean; pieces of a chunk are joined by theirs.
 
-    Floor: 2 * D * itemsize bytes read and 4 written per token and KV head; a piece's second look at its keys finds them in the L2
-    cache. 4*D*k + 2*k*k flops, each three times in TF32, since centred keys are of float32: with D = 128 and k = 48, padded to 64,
-    that is 123 kflop for 512 bytes, which an H100 does in about twice the time of the bytes. The factor is k steps, each of which
-    waits for the one before, in about 10 us a chunk, all chunks side by side.
+    Floor: 2 * D * itemsize bytes read and 4 written per token and KV head, and 8*k*k / PIECE for Gram matrices on their way; the
+    second pass finds keys of up to 50 MB in the L2 cache. 4*D*k + 2*k*k flops, each three times in TF32, since centred keys are
+    float32: with D = 128 and k = 48, multiplied as 64, an H100 needs 1.6 times as long for these as for 512 bytes of bf16 keys. A
+    factor is k steps that wait for each other, all chunks side by side.
     """
     batch, heads, tokens, dim = key.shape
     size = sketch.shape[-1]
@@ -50,20 +50,23 @@ def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> T
     parts = triton.cdiv(chunk, piece) if chunk else torch.sym_max(2, triton.cdiv(tokens, piece))
     sizes = {"DIM": dim, "SIZE": size, "PIECE": piece, "BLOCK_K": block_of(size), "PADDED": valid is not None, "num_warps": 8}
     strides = (0, *sketch.stride()) if sketch.dim() == 3 else sketch.stride()
-    mean = key.new_empty((batch, heads, chunks * parts, dim), dtype=torch.float32)
-    gram = key.new_empty((batch, heads, chunks * parts, size, size), dtype=torch.float32)
+    mean = sketch.new_empty((batch, heads, chunks * parts, dim))
+    gram = sketch.new_empty((batch, heads, chunks * parts, size, size))
     wrap_triton(_gram_kernel)[(batch * heads * chunks * parts,)](
-        key, source, length, sketch, mean, gram, *key.stride(), *strides, heads, tokens, width, chunks, parts, STEP=GRAM_STEP, **sizes
-    )
-    centre, factor = key.new_empty((batch, heads, chunks, dim), dtype=torch.float32), sketch.new_empty((batch, heads, chunks, dim, size))
-    joined = (mean, gram, parts) if chunk else (*_joined(mean, gram, length, tokens, sketch), 1)
+        key, source, length, sketch, mean, gram, *key.stride(), *strides, heads, tokens, width, chunks, parts,
+        STEP=GRAM_STEP, **sizes,
+    )  # fmt: skip
+    if not chunk:
+        mean, gram = _joined(mean, gram, length, tokens, sketch)
+    centre, factor = sketch.new_empty((batch, heads, chunks, dim)), sketch.new_empty((batch, heads, chunks, dim, size))
     wrap_triton(_factor_kernel)[(batch * heads * chunks,)](
-        length, sketch, *joined[:2], centre, factor, *strides, heads, tokens, width, chunks, joined[2], BLOCK_D=block_of(dim), **sizes
-    )
-    score = key.new_empty((batch, heads, tokens), dtype=torch.float32)
+        length, sketch, mean, gram, centre, factor, *strides, heads, tokens, width, chunks, parts if chunk else 1,
+        BLOCK_D=block_of(dim), **sizes,
+    )  # fmt: skip
+    score = sketch.new_empty((batch, heads, tokens))
     wrap_triton(_score_kernel)[(batch * heads * chunks * parts,)](
-        key, source, length, centre, factor, score, *key.stride(), heads, tokens, width, chunks, parts, STEP=STEP, **sizes
-    )
+        key, source, length, centre, factor, score, *key.stride(), heads, tokens, width, chunks, parts, STEP=STEP, **sizes,
+    )  # fmt: skip
     return score if valid is None else score.masked_fill(~valid.unsqueeze(1), 0)
 
 

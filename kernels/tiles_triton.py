@@ -32,7 +32,7 @@ def block_of(channels: int) -> int:
 
 
 @triton.jit
-def load_rows(base, rows, live, stride_row, stride_column, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(base, rows, live, stride_row, stride_column, COLUMNS, BLOCK_D: tl.constexpr):
     """Rows of a matrix at `base`, [len(rows), BLOCK_D], in its own type; 0 where `live` is false and behind its last column."""
     column = tl.arange(0, BLOCK_D)
     offset = rows.to(tl.int64)[:, None] * stride_row + column[None] * stride_column

@@ -413,17 +413,19 @@ def chunk_bounds(tokens: int, chunk: int, merge_tail: bool) -> list[tuple[int, i
     return list(itertools.pairwise(edges))
 
 
+@forms("leverage")
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_leverage_lies_in_0_1_and_sums_to_at_most_the_rank(tokens):
+def test_leverage_lies_in_0_1_and_sums_to_at_most_the_rank(op, tokens):
     size = 6
     key = torch.randn(2, 3, tokens, 12, generator=torch.Generator().manual_seed(tokens))
-    score = kvfx.leverage(key, None, draw_sketch(0, 0, 3, 12, size), CHUNK)
+    score = op(key, None, draw_sketch(0, 0, 3, 12, size), CHUNK)
     assert ((score >= 0) & (score <= 1)).all()
     for a, b in chunk_bounds(tokens, CHUNK, merge_tail=True):
         assert (score[..., a:b].sum(-1) <= min(size, b - a - 1) + 1e-4).all()
 
 
-def test_leverage_without_reduction_is_exact_leverage_and_ignores_shift_scale_and_rotation():
+@forms("leverage")
+def test_leverage_without_reduction_is_exact_leverage_and_ignores_shift_scale_and_rotation(op):
     generator = torch.Generator().manual_seed(0)
     key = torch.randn(1, 1, 200, 8, generator=generator, dtype=torch.float64)
     centred = key[0, 0] - key[0, 0].mean(0)
@@ -434,58 +436,59 @@ def test_leverage_without_reduction_is_exact_leverage_and_ignores_shift_scale_an
     rounding = 1e-5 * exact.max()
     turn = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64)).Q
     for changed in (key, key + 3, 50 * key, key @ turn):
-        score = kvfx.leverage(changed.float(), None, torch.eye(8)[None], 0)[0, 0].double()
+        score = op(changed.float(), None, torch.eye(8)[None], 0)[0, 0].double()
         assert (score <= exact + rounding).all()
         assert (score >= lowest - rounding).all()
 
 
-def test_leverage_moves_with_the_tokens_of_a_chunk_and_finds_the_outlier():
+@forms("leverage")
+def test_leverage_moves_with_the_tokens_of_a_chunk_and_finds_the_outlier(op):
     generator = torch.Generator().manual_seed(1)
     key = torch.randn(1, 2, 64, 12, generator=generator)
     key[:, :, 5] = 40 * torch.randn(12, generator=generator)
     key[:, :, 10:14] = key[:, :, 10:11]
     sketch = draw_sketch(0, 0, 2, 12, 6)
-    score = kvfx.leverage(key, None, sketch, 0)
+    score = op(key, None, sketch, 0)
     assert (score[..., 5] > 0.9).all()
     assert (score[..., 10:14].amax(-1) - score[..., 10:14].amin(-1) < 1e-6).all()
     assert (score[..., 10:14] <= 1 / 4 + 1e-6).all()
     order = torch.randperm(64, generator=generator)
     exact = slow_leverage(key, None, sketch, 0, torch.float64)[..., order]
-    assert_within_rounding(kvfx.leverage(key[:, :, order], None, sketch, 0), score[..., order], exact)
+    assert_within_rounding(op(key[:, :, order], None, sketch, 0), score[..., order], exact)
 
 
+@forms("chunk_attention")
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("group", [1, 2, 8])
-def test_chunk_attention_averages_to_the_group_size_in_every_chunk(tokens, group):
+def test_chunk_attention_averages_to_the_group_size_in_every_chunk(op, tokens, group):
     generator = torch.Generator().manual_seed(tokens)
     query, key = (torch.randn(2, heads, tokens, 12, generator=generator) for heads in (2 * group, 2))
-    score = kvfx.chunk_attention(query, key, None, None, CHUNK, 1.0, 1)
+    score = op(query, key, None, None, CHUNK, 1.0, 1)
     assert (score >= 0).all()
     for a, b in chunk_bounds(tokens, CHUNK, merge_tail=False):
         torch.testing.assert_close(score[..., a:b].mean(-1), torch.full((2, 2), float(group)))
 
 
-def test_a_chunk_does_not_see_the_others():
+@forms("chunk_attention", "leverage")
+def test_a_chunk_does_not_see_the_others(op):
     dims = Dims(S=4 * CHUNK + 3)
     query, key, value, *_ = OPS["chunk_attention"].inputs(dims, torch.float32, "cpu", 0)
     sketch = draw_sketch(0, 0, dims.Hkv, dims.D, 6)
     inside = torch.arange(dims.S) // CHUNK == 1
     changed = torch.where(inside[:, None], key.flip(-1), key)
-    for score in (
-        lambda key: kvfx.chunk_attention(query, key, value, None, CHUNK, 1.0, 1),
-        lambda key: kvfx.leverage(key, None, sketch, CHUNK),
-    ):
-        before, after = score(key), score(changed)
-        assert torch.equal(before[..., ~inside], after[..., ~inside])
-        assert not torch.equal(before[..., inside], after[..., inside])
+    attention = op.name == "chunk_attention"
+    before, after = (op(query, x, value, None, CHUNK, 1.0, 1) if attention else op(x, None, sketch, CHUNK) for x in (key, changed))
+    assert torch.equal(before[..., ~inside], after[..., ~inside])
+    assert not torch.equal(before[..., inside], after[..., inside])
 
 
-def test_query_heads_of_a_group_are_interchangeable():
+@forms("chunk_attention")
+def test_query_heads_of_a_group_are_interchangeable(op):
     dims = Dims(G=4)
     query, *rest = OPS["chunk_attention"].inputs(dims, torch.float32, "cpu", 0)
     swapped = query.unflatten(1, (dims.Hkv, dims.G)).flip(2).flatten(1, 2)
     exact = slow_chunk_attention(query, *rest, torch.float64)
-    assert_within_rounding(kvfx.chunk_attention(swapped, *rest), kvfx.chunk_attention(query, *rest), exact)
+    assert_within_rounding(op(swapped, *rest), op(query, *rest), exact)
 
 
 @forms("zscore")
