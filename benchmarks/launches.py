@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib.util
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ import triton
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._higher_order_ops import triton_kernel_wrap as wrap
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as closure_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -62,7 +68,7 @@ class Launch:
         return frozenset(write.name for write in accesses.read_writes.writes)
 
     def compile(self, capability: int) -> Any:
-        """The kernel as compiled for a chip, e.g. 90, as `triton.compile` returns it."""
+        """The kernel, as Inductor copies it, compiled for a chip, e.g. 90; what `triton.compile` returns."""
         constant = {param.name for param in self.kernel.params if param.is_constexpr}
         signature, constants, attributes = {}, {}, {}
         for place, name in enumerate(self.kernel.arg_names):
@@ -74,8 +80,23 @@ class Launch:
             signature[name] = _type(value)
             if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
                 attributes[(place,)] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        source = ASTSource(fn=as_copied(self.kernel), signature=signature, constexprs=constants, attrs=attributes)
         return compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+
+
+@functools.cache
+def as_copied(kernel: Any) -> Any:
+    """The kernel from the source that Inductor writes into its own programs: all that it calls, wherever that is defined."""
+    source = f"import triton\nimport triton.language as tl\n\n@triton.jit\n{closure_of(kernel)}"
+    name = f"{kernel.fn.__name__}_{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    path = Path(tempfile.mkdtemp()) / f"{name}.py"  # Triton reads the source of a kernel from its file
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, kernel.fn.__name__)
 
 
 def _type(value: Any) -> str:
