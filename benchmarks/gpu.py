@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --only kernels  # one part: tests, kernels, prefill or decode
     python benchmarks/gpu.py --predict       # without a GPU: what the datasheets' ceilings allow, measured cells empty
 
-Writes gpu_kernels, gpu_prefill and gpu_decode (.csv, .md) to results/, after each row, so that a run that is cut short keeps what
-it has. `--device cpu` runs the same code on tiny sizes, to see that it works, and writes to another folder.
+Writes gpu_kernels, gpu_policies, gpu_prefill and gpu_decode (.csv, .md) to results/, after each row, so that a run that is cut short
+keeps what it has. `--device cpu` runs the same code on tiny sizes, to see that it works, and writes to another folder.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def predict() -> None:
     ceilings = DATASHEETS[-1]
     where = f"Predicted for {ceilings.name} from its datasheet ({described(ceilings)}), nothing measured: no GPU was at hand"
     keep("gpu_kernels", gpu_kernels.predicted(LENGTHS, ceilings), where, gpu_kernels.table)
+    keep("gpu_policies", gpu_kernels.policy_floors(LENGTHS, ceilings), where, gpu_kernels.policy_table)
 
 
 def main() -> None:
@@ -98,6 +99,7 @@ def main() -> None:
     if "tests" in given.only and not tiny:
         run_tests()
     if "kernels" in given.only:
+        keep("gpu_policies", gpu_kernels.policy_floors(lengths, ceilings), where, gpu_kernels.policy_table)
         keep("gpu_kernels", gpu_kernels.measured(lengths, ceilings, given.device, not tiny), where, gpu_kernels.table)
     if "prefill" in given.only:
         policies = gpu_models.POLICIES[:1] if tiny else gpu_models.POLICIES

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import triton
 from kernel_cases import LLAMA, MAKE, Case, Sizes
-from kernel_floors import FLOORS, Ceilings
+from kernel_floors import FLOORS, POLICIES, Ceilings, policy_seconds, prefill_seconds
 from method import number, table_of, text
 
 from kvfx.kernels import OPS
 
+GOALS = {"compactor": 0.01, "snapkv": 0.002}  # of a prefill of 32k
 KINDS = {"memory": "GB/s", "matmul": "TFLOP/s"}
 
 
@@ -114,6 +115,51 @@ def ceilings_of(device: str) -> Ceilings:
     product = 2 * rows**3 / median_us(lambda: left @ right, device) * 1e6
     name = torch.cuda.get_device_name() if device != "cpu" else "CPU"
     return Ceilings(name, copied, product)
+
+
+@dataclass(frozen=True)
+class PolicyFloor:
+    """What a policy must at least add to a prefill.
+
+    Attributes:
+        policy, tokens: what runs.
+        added_us: floors of its kernels, of one layer.
+        prefill_us: floor of the layer itself.
+        share: the one over the other.
+        goal: what the share is promised to be at most.
+    """
+
+    policy: str
+    tokens: int
+    added_us: float
+    prefill_us: float
+    share: float
+    goal: float | str
+
+
+def policy_floors(lengths: Iterable[int], ceilings: Ceilings) -> Iterator[PolicyFloor]:
+    """Every policy at each length; nothing is measured."""
+    for policy in POLICIES:
+        for tokens in lengths:
+            sizes = Sizes(LLAMA._replace(S=tokens), torch.bfloat16)
+            added, whole = policy_seconds(policy, sizes, ceilings), prefill_seconds(sizes, ceilings)
+            yield PolicyFloor(
+                policy, tokens, added * 1e6, whole * 1e6, added / whole, GOALS.get(policy, "") if tokens == 32768 else ""
+            )
+
+
+def policy_table(name: str) -> str:
+    """results/NAME.csv for people."""
+    about = [
+        "What scoring and eviction add to the prefill of one layer of Llama-3.1-8B if every kernel runs at its floor: a bound from",
+        "below, without launches and small steps.",
+    ]
+    columns: dict[str, Any] = {
+        "policy": text("policy"), "tokens": number("tokens", 0), "added, us": number("added_us", 1),
+        "prefill, us": number("prefill_us", 0), "share": lambda row: f"{row['share']:.2%}",
+        "goal": lambda row: f"{row['goal']:.1%}" if isinstance(row["goal"], float) else "",
+    }  # fmt: skip
+    return table_of(name, about, columns)
 
 
 def table(name: str) -> str:

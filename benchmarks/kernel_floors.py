@@ -82,7 +82,8 @@ FLOORS: dict[str, Floor] = {
     ),
     "chunk_attention": Floor(lambda s: _queries(s) + 2 * _keys(s) + 4 * _rows(s), _products(lambda s: CHUNK), 0.6),
     "window_attention": Floor(lambda s: 2 * _keys(s) + 4 * _rows(s), _products(lambda s: 2 * WINDOW), 0.85),
-    "column_attention": Floor(lambda s: _queries(s) + _keys(s) + 4 * _rows(s), _products(lambda s: s.dims.S / 2), 0.6),
+    # Two causal products: the log-sum-exp of the rows, and the columns.
+    "column_attention": Floor(lambda s: _queries(s) + _keys(s) + 4 * _rows(s), _products(lambda s: s.dims.S), 0.6),
     "zscore": Floor(lambda s: 12 * _rows(s), _nothing, 0.85),
     "select": Floor(lambda s: 5 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "compact": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 8 * KEEP * _rows(s), _nothing, 0.85),
@@ -91,3 +92,24 @@ FLOORS: dict[str, Floor] = {
     "pack": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 16 * KEEP * _rows(s), _nothing, 0.85),
     "ragged_attention": Floor(lambda s: 2 * KEEP * _keys(s), _nothing, 0.85),
 }
+
+# What a prefill under a policy runs in each layer, besides choosing and moving; in the order of their cost.
+POLICIES = {
+    "knorm": ("key_norm",),
+    "keydiff": ("key_diff",),
+    "snapkv": ("window_attention",),
+    "compactor": ("chunk_attention", "leverage", "zscore", "zscore"),
+    "h2o_prefill": ("column_attention",),
+}
+WEIGHTS = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336  # of a layer of Llama-3.1-8B that multiply each token
+
+
+def prefill_seconds(sizes: Sizes, ceilings: Ceilings) -> float:
+    """One layer's projections and causal attention, at the rate of matrix products."""
+    heads, tokens = sizes.dims.Hkv * sizes.dims.G, sizes.dims.S
+    return (2 * WEIGHTS * tokens + 2 * heads * sizes.dims.D * tokens * tokens) / ceilings.matmul
+
+
+def policy_seconds(policy: str, sizes: Sizes, ceilings: Ceilings) -> float:
+    """What scoring, choosing and moving add to it."""
+    return sum(FLOORS[op].seconds(sizes, ceilings) for op in (*POLICIES[policy], "select", "compact"))
