@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --only kernels  # one part: tests, kernels, prefill or decode
     python benchmarks/gpu.py --predict       # without a GPU: what the datasheets' ceilings allow, measured cells empty
 
-Writes gpu_kernels, gpu_policies, gpu_prefill and gpu_decode (.csv, .md) to results/, after each row, so that a run that is cut short
-keeps what it has. `--device cpu` runs the same code on tiny sizes, to see that it works, and writes to another folder.
+Writes gpu_kernels, gpu_policies, gpu_prefill and gpu_decode (.csv, .md) to results/, after each row, so that a run that is cut
+short keeps what it has. `--device cpu` runs the same code on tiny sizes, to see that it works, and writes to another folder.
 """
 
 from __future__ import annotations
