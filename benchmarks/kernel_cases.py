@@ -82,6 +82,14 @@ class Sizes:
             self.dims.B, count
         )
 
+    def turns(self) -> Tensor:
+        """Cosines and sines of RoPE over all channels, [2, S, D/2] float32."""
+        return torch.randn(2, self.dims.S, self.dims.D // 2, device=self.device)
+
+    def moved(self) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+        """Half of the tokens of each head, to be moved together."""
+        return self.keys(), self.keys(), self.positions(), self.slots(self.dims.Hkv, self.kept()), self.padded
+
     def kept(self) -> int:
         """Half of the tokens."""
         return self.dims.S // 2
@@ -137,9 +145,8 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
     "zscore": lambda sizes: (sizes.scores(), sizes.valid(), 8, 4),
     "key_diff": lambda sizes: (sizes.keys(), sizes.valid()),
-    "compact": lambda sizes: (
-        sizes.keys(), sizes.keys(), sizes.positions(), sizes.slots(sizes.dims.Hkv, sizes.kept()), sizes.padded,
-    ),
+    "compact": lambda sizes: sizes.moved(),
+    "compact_cast": lambda sizes: (*sizes.moved(), sizes.turns(), False, torch.int8),
     "pack": lambda sizes: (*sizes.pool(), sizes.keys(), sizes.keys(), sizes.positions(), *sizes.written()),
     "select": lambda sizes: (sizes.scores(), sizes.kept(), sizes.counts()),
     "select_heads": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), sizes.counts(), 1, 5, 1, 1, 2),

@@ -87,6 +87,9 @@ FLOORS: dict[str, Floor] = {
     "zscore": Floor(lambda s: 12 * _rows(s), _nothing, 0.85),
     "select": Floor(lambda s: 5 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "compact": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 8 * KEEP * _rows(s), _nothing, 0.85),
+    "compact_cast": Floor(
+        lambda s: KEEP * (2 * _keys(s) + 2 * _rows(s) * s.dims.D + 24 * _rows(s)) + 4 * s.dims.S * s.dims.D, _nothing, 0.85
+    ),
     "select_heads": Floor(lambda s: 2 * 5 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "splice": Floor(lambda s: 5 * 4 * _rows(s) + 4 * _rows(s), _nothing, 0.85),
     "pack": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 16 * KEEP * _rows(s), _nothing, 0.85),

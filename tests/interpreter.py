@@ -1,6 +1,7 @@
 """What Triton's interpreter gets wrong about bfloat16, which it keeps as integers of 16 bits (seen in Triton 3.9).
 
-`tl.dot` multiplies the integers, and float32 is cut off where every GPU rounds it to the nearest number.
+`tl.dot` multiplies the integers, float32 is cut off where every GPU rounds it to the nearest number, and subnormal numbers come out
+as others in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ def _dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
 
 
 def _cast(self: Any, source: Any, target: Any) -> Any:
+    if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+        return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
     if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
         return _cast_of_others(self, source, target)
     rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
