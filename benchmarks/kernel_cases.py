@@ -49,6 +49,10 @@ class Sizes:
         """[B, Hkv, S] float32, whatever the precision of the keys."""
         return torch.randn(self.dims.B, self.dims.Hkv, self.dims.S, device=self.device)
 
+    def turns(self) -> Tensor:
+        """A rotation of each query head, [B, Hq, D, D] float32."""
+        return torch.eye(self.dims.D, device=self.device).repeat(self.dims.B, self.dims.Hkv * self.dims.G, 1, 1)
+
     def positions(self) -> Tensor:
         """[B, S] int32."""
         return torch.arange(self.dims.S, dtype=torch.int32, device=self.device).repeat(self.dims.B, 1)
@@ -133,6 +137,7 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "ragged_attention": blocks_held,
     "window_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, WINDOW, None, "mean", "mean", 5, "avg"),
     "column_attention": lambda sizes: (sizes.queries(), sizes.keys(), None, None, None, None, "count", "mean", 1, "avg"),
+    "expected_attention": lambda sizes: (sizes.queries(), sizes.keys(), sizes.turns(), sizes.keys(), None, 4, True, 0.0, None),
 }
 
 SIZES = {
