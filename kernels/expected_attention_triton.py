@@ -46,13 +46,12 @@ def expected_attention(
 ) -> Tensor:  # fmt: skip
     """Launch two kernels: the moments of the queries in pieces of a row, and the logits of each key.
 
-    Between them the pieces of a head are put together, and its mean and covariance turned and scaled, B*Hq*S*D*D/2048 floats; behind
-    them is the softmax of B*Hq*S logits, and values are read once for their norms.
-    Floor: queries and keys are read once, (G + 1) * D * itemsize bytes per token and KV head, and 4 written per query head.
-    4*B*Hq*S*D*D flops: each of the first half twice in TF32, since centred queries are of float32; of the second half, three times
-    in 16 bits with keys of those, since a covariance is that long, and three times in TF32 with others. With D = 128 and keys of 16
-    bits that is 230 kflop of TF32 and 16 bits for about 600 bytes of each query head: an H100 multiplies several times as long as
-    it reads.
+    Between them the pieces of a head are put together, B*Hq*S*D*D/2048 floats, and its mean and covariance are turned and scaled;
+    behind them is the softmax of B*Hq*S logits, and values are read once for their norms.
+    Floor: queries, keys and values are read once, (G + 2) * D * itemsize bytes per token and KV head, and 4 written per query head.
+    4*B*Hq*S*D*D flops: half of them twice in TF32, since centred queries are of float32; half of them three times, since a
+    covariance is that long too, in 16 bits with keys of those, else in TF32. With D = 128, G = 4 and 16 bits that is 66 and 98
+    kflop per token and query head for 388 bytes: an H100 multiplies twice as long as it reads.
     """
     (batch, groups, tokens, dim), heads = key.shape, pre_query.shape[1]
     scale = dim**-0.5 if scale is None else scale
@@ -118,7 +117,8 @@ def _logits(key: Tensor, slope: Tensor, spread: Tensor | None) -> Tensor:
     tiles = triton.cdiv(tokens, sizes["BLOCK_S"])
     logits = key.new_empty((batch, heads, tokens), dtype=torch.float32)
     wrap_triton(_logits_kernel)[(batch * groups * tiles,)](
-        key, None if spread is None else spread.contiguous(), unit, slope.contiguous(), logits, *key.stride(), groups, tokens, tiles,
+        key, None if spread is None else spread.contiguous(), unit, slope.contiguous(), logits, *key.stride(),
+        groups, tokens, tiles,
         GROUPS=heads // groups, DIM=dim, CUT=unit is not None, COVARIANCE=spread is not None, num_warps=8, num_stages=2, **sizes,
     )  # fmt: skip
     return logits
@@ -190,7 +190,7 @@ def _moments_kernel(
                 y = _centred(query_ptr, slot, token < end, y_pivot, right, stride_s, stride_d, DIM, BLOCK_D)
                 y_sum += tl.sum(y, 0)
             if COVARIANCE:
-                # With x = s + r in short numbers, xᵀx is sᵀs + sᵀr + rᵀs but for less than float32 rounds: sᵀs + 2sᵀr made symmetric.
+                # With x = s + r, s short, xᵀx is sᵀs + sᵀr + rᵀs but for less than float32 rounds: sᵀs + 2sᵀr made symmetric.
                 short = _short(y)
                 rest = 2 * (y - short)
                 if BLOCKS > 1:
