@@ -21,13 +21,13 @@ class Moments(NamedTuple):
     """Of the queries of each piece of a row.
 
     Attributes:
-        count: queries counted, [B or 1, 1, pieces, 1] float32.
+        counts: how many, [B or 1, 1, pieces, 1] float32.
         mean: theirs, [B, Hq, pieces, D] float32; 0 where there are none.
         square: sum of the outer products of what they differ by from their mean, [B, Hq, pieces, D, D] float32: it is the mean of
             this and its transpose. None if it was not asked for.
     """
 
-    count: Tensor
+    counts: Tensor
     mean: Tensor
     square: Tensor | None
 
@@ -60,13 +60,13 @@ def expected_attention(
     number = (length - sinks).clamp(min=1)[:, :, None, None]
     moments = _moments(pre_query, valid, sinks, covariance)
     near = moments.mean[:, :, :1]  # large means would round in a sum that holds them; and one piece alone stays what it is
-    mean = near + ((moments.mean - near) * moments.count).sum(2, keepdim=True) / number
+    mean = near + ((moments.mean - near) * moments.counts).sum(2, keepdim=True) / number
     slope = scale * (mean if rotation is None else mean @ rotation)
     spread = None
     if moments.square is not None:
-        away = torch.where(moments.count > 0, moments.mean - mean, 0)
+        away = torch.where(moments.counts > 0, moments.mean - mean, 0)
         square = moments.square.sum(2)
-        square = (square + square.mT) / 2 + (away * moments.count).mT @ away
+        square = (square + square.mT) / 2 + (away * moments.counts).mT @ away
         spread = square * (scale**2 / 2 / number)
         if rotation is not None:
             spread = rotation.mT @ spread @ rotation
@@ -89,9 +89,11 @@ def _moments(query: Tensor, valid: Tensor | None, sinks: int, covariance: bool) 
     square = query.new_empty((batch, heads, pieces, dim, dim), dtype=torch.float32) if covariance else None
     width = min(block_of(dim), WIDE) if covariance else block_of(dim)
     blocks = triton.cdiv(dim, width)
+    # Queries come by registers, where wide blocks leave little room, least of all beside a second block's.
+    rows = 64 if width < WIDE else 16 if blocks > 1 and query.dtype == torch.float32 else 32
     wrap_triton(_moments_kernel)[(batch * heads * pieces * blocks**2,)](
         query, source, length, mean, square, *query.stride(), heads, tokens, pieces, sinks,
-        PIECE=PIECE, RUN=RUN, DIM=dim, BLOCK_S=64 if width < 128 else 32, BLOCK_D=width, BLOCKS=blocks, COVARIANCE=covariance,
+        PIECE=PIECE, RUN=RUN, DIM=dim, BLOCK_S=rows, BLOCK_D=width, BLOCKS=blocks, COVARIANCE=covariance,
         PADDED=valid is not None, num_warps=4 if width < 128 else 8, num_stages=2,
     )  # fmt: skip
     behind = (tokens if length is None else length.view(-1, 1, 1, 1)) - sinks
