@@ -62,6 +62,10 @@ class Sizes:
         """[B, Hkv, S] float32, whatever the precision of the keys."""
         return torch.randn(self.dims.B, self.dims.Hkv, self.dims.S, device=self.device)
 
+    def rotations(self) -> Tensor:
+        """A rotation of each query head, [B, Hq, D, D] float32."""
+        return torch.eye(self.dims.D, device=self.device).repeat(self.dims.B, self.dims.Hkv * self.dims.G, 1, 1)
+
     def positions(self) -> Tensor:
         """[B, S] int32."""
         return torch.arange(self.dims.S, dtype=torch.int32, device=self.device).repeat(self.dims.B, 1)
@@ -161,6 +165,9 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     ),
     "chunk_attention": lambda sizes: (sizes.queries(), sizes.keys(), sizes.keys(), sizes.valid(), CHUNK, 1.0, 3),
     "leverage": lambda sizes: (sizes.keys(), sizes.valid(), sizes.sketch(), 512),
+    "expected_attention": lambda sizes: (
+        sizes.queries(), sizes.keys(), sizes.rotations(), sizes.keys(), sizes.valid(), 4, True, 0.0, None,
+    ),
 }  # fmt: skip
 
 SIZES = {

@@ -84,6 +84,11 @@ FLOORS: dict[str, Floor] = {
     "window_attention": Floor(lambda s: 2 * _keys(s) + 4 * _rows(s), _products(lambda s: 2 * WINDOW), 0.85),
     # Two causal products: the log-sum-exp of the rows, and the columns.
     "column_attention": Floor(lambda s: _queries(s) + _keys(s) + 4 * _rows(s), _products(lambda s: s.dims.S), 0.6),
+    # The moments twice in TF32, which takes as long as four products of 16 bits, and the logits three times in those or in TF32.
+    "expected_attention": Floor(
+        lambda s: _queries(s) + 2 * _keys(s) + 4 * s.dims.G * _rows(s),
+        lambda s: (4 + (3 if s.dtype.itemsize == 2 else 6)) * _products(lambda s: s.dims.D)(s),
+    ),
     "zscore": Floor(lambda s: 12 * _rows(s), _nothing, 0.85),
     "select": Floor(lambda s: 5 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "compact": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 8 * KEEP * _rows(s), _nothing, 0.85),

@@ -85,5 +85,6 @@ OP = KernelOp(
     "float epsilon, float? scale) -> Tensor",
     expected_attention,
     _inputs,
+    triton="expected_attention_triton:expected_attention",
     cost="4*B*Hq*S*D*D flops",
 )

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import kvfx
 import reference
+from forms import forms
 from graphs import computed, readable, traced_step
 from kvfx.kernels import OPS, Dims
 from kvfx.lower import lower
@@ -28,9 +29,6 @@ from test_graphs import LENGTHS, graphs
 from test_kernels import Case, cases, many
 from test_passes import graph_of, randn, rotate
 from yardstick import assert_within_rounding
-
-expected_attention = torch.ops.kvfx.expected_attention
-
 
 # -- the score ---------------------------------------------------------------------------------------------------------------------
 
@@ -61,9 +59,10 @@ def slow(query, key, rotation, value, valid, sinks, covariance, epsilon, scale, 
 options = st.tuples(st.sampled_from([0, 2, 4]), st.booleans(), st.sampled_from([0.0, 0.25]), st.sampled_from([None, 0.4]))
 
 
+@forms("expected_attention")
 @given(cases(), st.booleans(), st.booleans(), options)
-@many
-def test_the_score_matches_its_definition_row_by_row(case, turned, weighted, options):
+@settings(many, max_examples=25)
+def test_the_score_matches_its_definition_row_by_row(op, case, turned, weighted, options):
     B, H, G, S, D = case.dims
     query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))
     rotation = (
@@ -71,22 +70,71 @@ def test_the_score_matches_its_definition_row_by_row(case, turned, weighted, opt
     )
     arguments = (query, key, rotation, value if weighted else None, case.valid(), *options)
     exact, low = (slow(*arguments, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(expected_attention(*arguments), low, exact)
+    assert_within_rounding(op(*arguments), low, exact)
 
 
+@forms("expected_attention")
 @pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_the_score_stays_exact_over_thousands_of_tokens_and_for_queries_far_from_zero(offset):
+def test_the_score_stays_exact_over_thousands_of_tokens_and_for_queries_far_from_zero(op, offset):
     query, key = Case(Dims(), torch.float32, "none", False, 0).draw((1, 2, 2500, 32), (1, 1, 2500, 32))
     arguments = (query + offset, key, None, None, None, 4, True, 0.0, None)
     exact, low = (slow(*arguments, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(expected_attention(*arguments), low, exact)
+    assert_within_rounding(op(*arguments), low, exact)
 
 
-def test_the_score_is_the_attention_of_normal_queries():
+@forms("expected_attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 96, 160, 256])
+def test_wide_heads_score_as_defined(op, dim, dtype):
+    case = Case(Dims(2, 1, 2, 70, dim), dtype, "interior", True, dim)
+    query, key, value = case.draw((2, 2, 70, dim), (2, 1, 70, dim), (2, 1, 70, dim))
+    turn = torch.linalg.qr(torch.randn(2, 2, dim, dim, generator=torch.Generator().manual_seed(dim))).Q
+    arguments = (query + 3, key, turn, value, case.valid(), 4, True, 0.0, None)
+    exact, low = (slow(*arguments, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_rounding(op(*arguments), low, exact)
+
+
+@forms("expected_attention")
+@pytest.mark.parametrize("covariance", [False, True])
+@pytest.mark.parametrize("padding", ["none", "interior"])
+def test_the_score_is_that_of_the_whole_row_where_queries_drift_and_one_is_far_away(op, padding, covariance):
+    case = Case(Dims(1, 1, 2, 4500, 6), torch.float32, padding, False, 1)
+    query, key = case.draw((1, 2, 4500, 6), (1, 1, 4500, 6))
+    query = query + torch.linspace(-3, 5, 4500)[:, None]
+    query[:, :, 10] += 50
+    arguments = (query, key / 8, None, None, case.valid(), 4, covariance, 0.0, None)
+    exact, low = (slow(*arguments, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_rounding(op(*arguments), low, exact)
+
+
+@forms("expected_attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 6, 33, 257, 261])
+def test_queries_that_are_all_alike_have_no_spread(op, tokens, dtype):
+    (query,) = Case(Dims(), dtype, "none", False, 2).draw((1, 2, 1, 12))
+    (key,) = Case(Dims(), dtype, "none", False, 3).draw((1, 1, tokens, 12))
+    arguments = (query.expand(1, 2, tokens, 12), key, None, None, None, 4)
+    exact, low = (slow(*arguments, False, 0.0, None, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_rounding(op(*arguments, True, 0.0, None), low, exact)
+
+
+@forms("expected_attention")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_variances_that_differ_by_orders_of_magnitude_all_count(op, dtype):
+    """With keys that are long where queries vary little, every channel adds about as much to a logit."""
+    query, key = Case(Dims(), torch.float32, "none", False, 4).draw((1, 2, 100, 16), (1, 1, 100, 16))
+    size = 2.0 ** torch.arange(-8, 8)
+    arguments = ((query * size).to(dtype), (key / size).to(dtype), None, None, None, 4, True, 0.0, None)
+    exact, low = (slow(*arguments, dtype) for dtype in (torch.float64, torch.float32))
+    assert_within_rounding(op(*arguments), low, exact)
+
+
+@forms("expected_attention")
+def test_the_score_is_the_attention_of_normal_queries(op):
     """Against many queries drawn from the distribution: the error of their mean is known."""
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 1, 40, 6, generator=generator), torch.randn(1, 1, 40, 6, generator=generator)
-    score = expected_attention(query, key, None, None, None, 0, True, 0.0, None)[0, 0].double()
+    score = op(query, key, None, None, None, 0, True, 0.0, None)[0, 0].double()
     seen, keys = query[0, 0].double(), key[0, 0].double()
     root = torch.linalg.cholesky(torch.cov(seen.T, correction=0))
     drawn = seen.mean(0) + torch.randn(200_000, 6, generator=generator, dtype=torch.float64) @ root.T
@@ -96,27 +144,30 @@ def test_the_score_is_the_attention_of_normal_queries():
     assert ((share / score - 1).abs() <= 5 * (error + error.mean())).all()
 
 
-def test_turning_queries_and_keys_alike_changes_nothing():
+@forms("expected_attention")
+def test_turning_queries_and_keys_alike_changes_nothing(op):
     query, key, _, value, *rest = OPS["expected_attention"].inputs(Dims(), torch.float32, "cpu", 0)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
-    plain = expected_attention(query, key, None, value, *rest)
+    plain = op(query, key, None, value, *rest)
     exact, low = (slow(query, key, None, value, *rest, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(expected_attention(query @ turn, key @ turn, None, value, *rest), low, exact)
-    assert_within_rounding(expected_attention(query, key @ turn, turn.expand(2, 4, -1, -1), value, *rest), low, exact)
-    assert not torch.allclose(expected_attention(query, key @ turn, None, value, *rest), plain, rtol=0.1)
+    assert_within_rounding(op(query @ turn, key @ turn, None, value, *rest), low, exact)
+    assert_within_rounding(op(query, key @ turn, turn.expand(2, 4, -1, -1), value, *rest), low, exact)
+    assert not torch.allclose(op(query, key @ turn, None, value, *rest), plain, rtol=0.1)
 
 
-def test_without_the_covariance_a_shift_of_all_keys_changes_nothing():
+@forms("expected_attention")
+def test_without_the_covariance_a_shift_of_all_keys_changes_nothing(op):
     query, key, rotation, value, valid, sinks, _, *rest = OPS["expected_attention"].inputs(Dims(), torch.float32, "cpu", 0)
     arguments = (rotation, value, valid, sinks, False, *rest)
     exact, low = (slow(query, key + 1.5, *arguments, dtype) for dtype in (torch.float64, torch.float32))
-    assert_within_rounding(expected_attention(query, key, *arguments), low, exact)
+    assert_within_rounding(op(query, key, *arguments), low, exact)
 
 
-def test_rows_that_are_all_sinks_score_zero():
+@forms("expected_attention")
+def test_rows_that_are_all_sinks_score_zero(op):
     query, key, rotation, value, _, *rest = OPS["expected_attention"].inputs(Dims(S=9), torch.float32, "cpu", 0)
     valid = torch.arange(9) >= torch.tensor([[5], [4]])
-    score = expected_attention(query, key, rotation, value, valid, *rest)
+    score = op(query, key, rotation, value, valid, *rest)
     assert (score[0] == 0).all()
     assert (score[1, :, :8] == 0).all()
     torch.testing.assert_close(score[1, :, 8], value[1, :, 8].norm(dim=-1))  # alone, it gets all attention

@@ -25,7 +25,7 @@ from yardstick import assert_within_rounding
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="benchmarks/gpu.py runs models on CUDA; here the interpreter does")
 
 # A policy for each kernel that a prefill may run.
-POLICIES = ["knorm:0.5", "keydiff:0.4", "compactor:0.5", "snapkv:0.6", "h2o_prefill:0.5"]
+POLICIES = ["knorm:0.5", "keydiff:0.4", "compactor:0.5", "snapkv:0.6", "h2o_prefill:0.5", "expected_attention:0.5"]
 LENGTH = 40
 
 
