@@ -26,6 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PADDINGS = ["none", "left", "right", "interior"]
 
 many = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+some = settings(many, max_examples=20)  # of kernels of many steps, each of which the interpreter takes its time for
 seeds = st.integers(0, 2**31)
 
 
@@ -300,7 +301,7 @@ def test_key_norm_is_the_negated_length(op, case):
 
 @forms("chunk_attention")
 @given(cases(), st.booleans(), st.sampled_from([1.0, 0.35]), st.sampled_from([1, 3, 7]), st.sampled_from([1, 3, CHUNK]))
-@many
+@some
 def test_chunk_attention_matches_its_definition_row_by_row(op, case, weighted, scale, pool, chunk):
     B, H, G, S, D = case.dims
     query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))
@@ -311,7 +312,7 @@ def test_chunk_attention_matches_its_definition_row_by_row(op, case, weighted, s
 
 @forms("leverage")
 @given(cases(), st.sampled_from([0, 3, CHUNK]), st.sampled_from([1, 3, 12]))
-@many
+@some
 def test_leverage_matches_its_definition_row_by_row(op, case, chunk, size):
     B, H, _, S, D = case.dims
     (key,) = case.draw((B, H, S, D))
@@ -359,7 +360,7 @@ def test_protect_marks_the_ends_of_each_row(case, sinks, recent):
 
 @forms("select")
 @given(cases(), st.data(), st.booleans(), st.integers(1, 4))
-@many
+@some
 def test_select_is_a_stable_sort_that_keeps_the_earlier_of_equals(op, case, data, per_row, levels):
     B, H, _, S, _ = case.dims
     generator = torch.Generator().manual_seed(case.seed)

@@ -71,14 +71,14 @@ PLAIN, ALTERNATING = (True, True), ("window", "full")
 ROWS = {
     "llama": Row("Llama", {**SIZES, **TWO}, ("full", "full"), roped=PLAIN),
     "llama, eager": Row("Llama", {**SIZES, **TWO}, ("full", "full"), roped=PLAIN, attention="eager"),
-    "mistral": Row("Mistral", {**SIZES, "sliding_window": None}),
+    "mistral": Row("Mistral", {**SIZES, "sliding_window": None}, slow=True),
     "mistral, window": Row("Mistral", {**SIZES, "sliding_window": WINDOW}, ("window",)),
-    "mixtral": Row("Mixtral", {**SIZES, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2": Row("Qwen2", SIZES),
+    "mixtral": Row("Mixtral", {**SIZES, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}, slow=True),
+    "qwen2": Row("Qwen2", SIZES, slow=True),
     "qwen3": Row("Qwen3", {**SIZES, "head_dim": 16}),
     "qwen3, eager": Row("Qwen3", {**SIZES, "head_dim": 16}, attention="eager", slow=True),
     "qwen3-moe": Row("Qwen3Moe", {**SIZES, "head_dim": 16, **EXPERTS}),
-    "olmo2": Row("Olmo2", SIZES),
+    "olmo2": Row("Olmo2", SIZES, slow=True),
     "olmo3": Row("Olmo3", {**SIZES, **WINDOWED}, ALTERNATING, roped=PLAIN),
     "olmoe": Row("Olmoe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}, slow=True),
     "gemma2": Row(
@@ -89,12 +89,12 @@ ROWS = {
     "cohere": Row("Cohere", {**SIZES, "use_qk_norm": True}),
     "cohere2": Row("Cohere2", {**SIZES, **WINDOWED}, ALTERNATING, roped=(True, False)),
     "glm4": Row("Glm4", {**SIZES, "head_dim": 16, "partial_rotary_factor": 0.5}),
-    "granite": Row("Granite", {**SIZES, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 3.0}),
-    "smollm3": Row("SmolLM3", {**SIZES, **TWO, "no_rope_layers": [1, 0]}, ("full", "full"), roped=(True, False)),
-    "starcoder2": Row("Starcoder2", {**SIZES, "sliding_window": None}),
-    "stablelm": Row("StableLm", {**SIZES, "partial_rotary_factor": 0.25, "qk_layernorm": True}),
-    "nemotron": Row("Nemotron", {**SIZES, "partial_rotary_factor": 0.5}),
-    "exaone4": Row("Exaone4", {**SIZES, **WINDOWED}, ALTERNATING, roped=(True, False)),
+    "granite": Row("Granite", {**SIZES, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 3.0}, slow=True),
+    "smollm3": Row("SmolLM3", {**SIZES, **TWO, "no_rope_layers": [1, 0]}, ("full", "full"), roped=(True, False), slow=True),
+    "starcoder2": Row("Starcoder2", {**SIZES, "sliding_window": None}, slow=True),
+    "stablelm": Row("StableLm", {**SIZES, "partial_rotary_factor": 0.25, "qk_layernorm": True}, slow=True),
+    "nemotron": Row("Nemotron", {**SIZES, "partial_rotary_factor": 0.5}, slow=True),
+    "exaone4": Row("Exaone4", {**SIZES, **WINDOWED}, ALTERNATING, roped=(True, False), slow=True),
     "ernie4.5": Row("Ernie4_5", {**SIZES, "head_dim": 16, "use_bias": True}, slow=True),
     "hunyuan": Row("HunYuanDenseV1", {**SIZES, "head_dim": 16}),
     "seed-oss": Row("SeedOss", {**SIZES, "head_dim": 16}, slow=True),
@@ -124,7 +124,7 @@ ROWS = {
         roped=(True, False), head="Llama4ForCausalLM",
     ),
     "llama4, full": Row(
-        "Llama4Text", {**LLAMA4, "no_rope_layers": [1], "layer_types": ["full_attention"]}, head="Llama4ForCausalLM"
+        "Llama4Text", {**LLAMA4, "no_rope_layers": [1], "layer_types": ["full_attention"]}, head="Llama4ForCausalLM", slow=True
     ),
 }  # fmt: skip
 
