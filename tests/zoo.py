@@ -89,7 +89,9 @@ ROWS = {
     "cohere": Row("Cohere", {**SIZES, "use_qk_norm": True}),
     "cohere2": Row("Cohere2", {**SIZES, **WINDOWED}, ALTERNATING, roped=(True, False)),
     "glm4": Row("Glm4", {**SIZES, "head_dim": 16, "partial_rotary_factor": 0.5}),
-    "granite": Row("Granite", {**SIZES, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 3.0}, slow=True),
+    "granite": Row(
+        "Granite", {**SIZES, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 3.0}, slow=True
+    ),
     "smollm3": Row("SmolLM3", {**SIZES, **TWO, "no_rope_layers": [1, 0]}, ("full", "full"), roped=(True, False), slow=True),
     "starcoder2": Row("Starcoder2", {**SIZES, "sliding_window": None}, slow=True),
     "stablelm": Row("StableLm", {**SIZES, "partial_rotary_factor": 0.25, "qk_layernorm": True}, slow=True),
