@@ -1,4 +1,4 @@
-"""The tensor operators of kvfx: contract, plain reference, and later a Triton kernel beside it.
+"""The tensor operators of kvfx: contract, plain reference, and beside those that read a whole prompt a Triton kernel.
 
 This room knows tensors. It imports torch and nothing else (Triton only in `*_triton.py`): no graph, policy or model.
 One file holds one operator; `OPS` lists them all, and tests and benchmarks read the list.

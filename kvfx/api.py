@@ -40,7 +40,8 @@ def compile(
         sketch: per layer a matrix `[Hkv, D, k]` or `[B, Hkv, D, k]` for leverage scores, instead of the drawn ones.
         on_refuse: what to do about an attention site that is not understood: "warn" leaves it whole, "error" raises.
         impl: what scores and moves: "auto" takes Triton kernels on CUDA, and compiled references elsewhere and where a kernel does
-            not take a shape, which `explain` shows; "reference" takes no kernel; "triton" makes it an error if one cannot run.
+            not take a shape, which `explain` shows; "reference" takes no kernel; with "triton" the first call raises
+            `KernelUnavailable` if one cannot run.
 
     Returns:
         A model of the same class with `compress`, and `generate` on compressed caches; for a module that is not of transformers,

@@ -49,7 +49,7 @@ def forms(*names: str) -> Any:
 
 
 def run_kernel(name: str, *args: Any) -> Any:
-    """What the Triton kernel of an operator makes of arguments on the CPU."""
+    """What the Triton kernel of an operator makes of arguments on the CPU; those that it writes to are written."""
     assert OPS[name].refusal(*args) is None
     on_device = tree_map_only(Tensor, _moved, args)
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -60,6 +60,9 @@ def run_kernel(name: str, *args: Any) -> Any:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    for argument, given, moved in zip(OPS[name].overload._schema.arguments, args, on_device, strict=False):
+        if argument.name in OPS[name].written and given is not moved:
+            given.copy_(moved)
     return tree_map_only(Tensor, Tensor.cpu, answer)
 
 
