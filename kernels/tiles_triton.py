@@ -52,4 +52,5 @@ def slots_of(source_ptr, token, live, PADDED: tl.constexpr):
     """Where a row's real tokens stand; `source_ptr` is at the row's list of them, see `rows.sources`."""
     if PADDED:
         return tl.load(source_ptr + token, mask=live, other=0)
-    return token
+    else:  # so that Triton does not see both returns, whose types differ
+        return token
