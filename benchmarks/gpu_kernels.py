@@ -151,8 +151,8 @@ def policy_floors(lengths: Iterable[int], ceilings: Ceilings) -> Iterator[Policy
 def policy_table(name: str) -> str:
     """results/NAME.csv for people."""
     about = [
-        "What scoring and eviction add to the prefill of one layer of Llama-3.1-8B if every kernel runs at its floor: a bound from",
-        "below, without launches and small steps.",
+        "What scoring and eviction add to the prefill of one layer of Llama-3.1-8B if every kernel and the prefill run at their",
+        "floors, without launches and small steps.",
     ]
     columns: dict[str, Any] = {
         "policy": text("policy"), "tokens": number("tokens", 0), "added, us": number("added_us", 1),
