@@ -106,15 +106,6 @@ def _ordered(score):
 
 
 @triton.jit
-def _kept(counts_ptr, count, stride_row, stride_head, row, heads, COUNTED: tl.constexpr):
-    """How many scores of a row win."""
-    kept = count
-    if COUNTED:
-        kept = tl.load(counts_ptr + row // heads * stride_row + row % heads * stride_head)
-    return tl.cast(kept, tl.int32)  # `count` has no methods where it is 1
-
-
-@triton.jit
 def _scratch(scratch_ptr, row, pieces, SHIFT: tl.constexpr):
     """Where stand, of a row: what its pieces count of a digit, the threshold before that digit, and scores above it by piece."""
     row_ptr = scratch_ptr + row * (4 * pieces + 2) * BINS
@@ -157,7 +148,10 @@ def _digit_kernel(
     table_ptr, state_ptr, above_ptr = _scratch(scratch_ptr, row, pieces, SHIFT)
     threshold = tl.zeros((), tl.uint32)
     if SHIFT == 24:
-        rest = _kept(counts_ptr, count, stride_row, stride_head, row, heads, COUNTED)
+        kept = count
+        if COUNTED:
+            kept = tl.load(counts_ptr + row // heads * stride_row + row % heads * stride_head)
+        rest = tl.cast(kept, tl.int32)  # `count` has no methods where it is 1
     else:  # what the launch before has counted
         earlier_table, earlier_state, _ = _scratch(scratch_ptr, row, pieces, SHIFT + 8)
         every, _ = _counted(earlier_table, pieces, 0)
@@ -202,7 +196,10 @@ def _write_kernel(
     if MARK:
         out_ptr += row * places
     else:
-        empty = count - _kept(counts_ptr, count, stride_row, stride_head, row, heads, COUNTED)
+        kept = count
+        if COUNTED:
+            kept = tl.load(counts_ptr + row // heads * stride_row + row % heads * stride_head)
+        empty = tl.cast(count - kept, tl.int32)
         out_ptr += row * (count + 1)
     score_ptr += row // heads * stride_b + row % heads * stride_h
     for tile in range(span):
