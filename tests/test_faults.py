@@ -37,7 +37,7 @@ def change_op(name: str, change: Callable) -> Fault:
         row = OPS[name]
         reference = lambda *args: change(row.reference, *args)  # noqa: E731
         reference.__name__ = name
-        patch.setitem(OPS, name, SimpleNamespace(reference=reference))
+        patch.setitem(OPS, name, SimpleNamespace(reference=reference, triton=None))
 
     return plant
 

@@ -717,7 +717,7 @@ def moving_axes(op, form: str, dims: Dims) -> list[list[bool]]:
     return [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(*shapes, strict=True)]
 
 
-@pytest.mark.parametrize("pre_dispatch", [True, False], ids=["pre_dispatch", "aten"])
+@pytest.mark.parametrize("pre_dispatch", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pre_dispatch", "aten"])
 @pytest.mark.parametrize("op", OP_LIST, ids=str)
 def test_one_trace_serves_every_length(op, pre_dispatch):
     """Traced before dispatch the op itself stays in the graph, so there its reference is traced."""

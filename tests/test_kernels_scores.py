@@ -270,7 +270,8 @@ def test_key_diff_and_redundancy_match_their_definitions(op, case):
     exact, low = (slow_cosines(key, case.valid(), dtype, others=others) for dtype in (torch.float64, torch.float32))
     actual = op(key, case.valid())
     assert (actual.abs() <= 1 + 1e-5).all()
-    assert_within_rounding(actual, low, exact)
+    # Rounding is that of the terms, which are as large as 1 where their sum is small.
+    assert_within_rounding(*(x.double() + 2 for x in (actual, low, exact)))
 
 
 @forms("key_diff", "redundancy")

@@ -234,7 +234,8 @@ def test_a_prefill_of_any_length_and_keep_is_one_graph_and_decoding_one_or_two()
 PHASES = ("prefill", "decode")
 
 
-@pytest.mark.parametrize("lengths", [pytest.param([24, 24], marks=pytest.mark.slow), [24, 15]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [[24, 24], [24, 15]], ids=str)
 def test_a_static_cache_holds_and_reads_the_same(lengths):
     (ids, mask), more, next_ids = prompts(lengths, 5), prompts([10, 10], 6)[0], torch.tensor([[3], [4]])
     model, exact_model = compiled(POLICY.format(0.5)), copy.deepcopy(MODEL).double()

@@ -71,7 +71,9 @@ def test_presets_keep_what_they_are_defined_to(preset, keep, lengths):
             assert_kept(score, reference.count_kept(length, keep, sinks + recent), cache.layers[layer].positions[row])
 
 
-@pytest.mark.parametrize("lengths", [[90], [64, 64], [17], [3], [90, 41]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[3], [90, 41], *(pytest.param(n, marks=pytest.mark.slow) for n in ([17], [64, 64], [90]))], ids=str
+)
 def test_a_pyramid_keeps_the_best_of_each_layer(lengths):
     definition, sinks, recent = DEFINITIONS["pyramidkv(window=16)"]
     ids, mask, taps = captured(*lengths)
@@ -85,7 +87,7 @@ def test_a_pyramid_keeps_the_best_of_each_layer(lengths):
             assert_kept(score, count, cache.layers[layer].positions[row])
 
 
-@pytest.mark.parametrize("chunk", [8, 30, 500])
+@pytest.mark.parametrize("chunk", [pytest.param(8, marks=pytest.mark.slow), 30, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lengths", [[90, 41, 7]], ids=str)
 def test_per_chunk_gives_every_chunk_its_share(chunk, lengths):
     ids, mask, _ = captured(*lengths)
@@ -108,7 +110,7 @@ def test_per_chunk_gives_every_chunk_its_share(chunk, lengths):
 
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("preset", PRESSES)
-@pytest.mark.parametrize("length", [65, 200, 333])
+@pytest.mark.parametrize("length", [pytest.param(65, marks=pytest.mark.slow), 200, pytest.param(333, marks=pytest.mark.slow)])
 def test_kvpress_presets_follow_its_rules(preset, keep, length):
     ids, _, taps = captured(length)
     cache = compress(f"{preset}:{keep}", ids)
@@ -132,7 +134,7 @@ def assert_heads_keep(expected: list[list[int]], layer: RaggedLayer, row: int) -
 
 
 @pytest.mark.parametrize("preset", [*HEADS, "compactor@engine"])
-@pytest.mark.parametrize("lengths", [[200, 120, 7], [333]], ids=str)
+@pytest.mark.parametrize("lengths", [[200, 120, 7], pytest.param([333], marks=pytest.mark.slow)], ids=str)
 def test_heads_compete_as_their_presets_are_defined_to(preset, lengths):
     ids, mask, taps = captured(*lengths, model=LLAMA)
     for keep in KEEP:

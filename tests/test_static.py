@@ -217,7 +217,7 @@ class Turns(RuleBasedStateMachine):
         assert_same_slots(self.both.static, self.both.dense)
 
 
-Turns.TestCase.settings = settings(max_examples=5, stateful_step_count=8, deadline=None, phases=NO_SHRINK)
+Turns.TestCase.settings = settings(max_examples=3, stateful_step_count=8, deadline=None, phases=NO_SHRINK)
 test_any_order_of_turns = Turns.TestCase
 
 
