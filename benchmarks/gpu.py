@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one call of less than 8 minutes.
+"""Everything that only a GPU can tell, in one call: of less than 8 minutes, if it takes as long as it is meant to.
 
     python benchmarks/gpu.py                 # tests of all kernels, their times, prefill and decode of layers like an 8B model's
     python benchmarks/gpu.py --quick         # the same at small sizes

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 import triton
 from kernel_cases import LLAMA, MAKE, Case, Sizes
-from kernel_floors import FLOORS, POLICIES, Ceilings, policy_seconds, prefill_seconds
+from kernel_floors import FLOORS, GOALS, POLICIES, Ceilings, policy_seconds, prefill_seconds
 from method import number, table_of, text
 
 from kvfx.kernels import OPS
 
-GOALS = {"compactor": 0.01, "snapkv": 0.002}  # of a prefill of 32k
 LONGEST = 32768  # tokens at which references are timed
 KINDS = {"memory": "GB/s", "matmul": "TFLOP/s"}
 

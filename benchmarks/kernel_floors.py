@@ -109,6 +109,7 @@ POLICIES = {
     "compactor": ("chunk_attention", "leverage", "zscore", "zscore"),
     "h2o_prefill": ("column_attention",),
 }
+GOALS = {"compactor": 0.01, "snapkv": 0.002}  # what they are to add to a prefill of 32k at most
 WEIGHTS = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336  # of a layer of Llama-3.1-8B that multiply each token
 
 

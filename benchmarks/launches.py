@@ -114,13 +114,12 @@ def serves_every_length(op: KernelOp, arguments: tuple[Any, ...]) -> bool:
     # A number that is a length is the axis of a tensor, as budgets carry them.
     carried = [torch.empty(value, 0, device="meta") if type(value) is int and value >= LENGTH else value for value in arguments]
     where = [place for place, value in enumerate(carried) if isinstance(value, Tensor)]
-    launcher = getattr(op._module, op.name)
 
     def body(*tensors: Tensor) -> Any:
         full = list(carried)
         for place, tensor in zip(where, tensors, strict=True):
             full[place] = tensor.shape[0] if type(arguments[place]) is int else tensor
-        return launcher(*full)
+        return op.launcher(*full)
 
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
@@ -151,13 +150,12 @@ class _Driver:
 def launches(op: KernelOp, arguments: tuple[Any, ...]) -> Iterator[Launch]:
     """What `op` launches for arguments like these; only the shapes, strides and types of tensors matter."""
     where = [place for place, value in enumerate(arguments) if isinstance(value, Tensor)]
-    launcher = getattr(op._module, op.name)
 
     def body(*tensors: Tensor) -> Any:
         full = list(arguments)
         for place, tensor in zip(where, tensors, strict=True):
             full[place] = tensor
-        return launcher(*full)
+        return op.launcher(*full)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:

@@ -5,13 +5,7 @@ from torch import Tensor
 
 from .op import KernelOp, samples
 from .select import best
-
-
-def sure(scores: Tensor, count: int, counts: Tensor | None, floor_numerator: int, floor_denominator: int, least: int) -> Tensor:
-    """Say how many slots every unit of a row is sure of, [B] int64; see `allocate`."""
-    if counts is None:
-        counts = torch.full((scores.shape[0],), count, dtype=torch.int64, device=scores.device)
-    return (counts * floor_numerator // floor_denominator).clamp(min=least).minimum(counts)
+from .shares import sure
 
 
 def joint(

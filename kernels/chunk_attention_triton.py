@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .rows import from_front, places, pooled, sources
-from .tiles_triton import block_of, length_of, load_rows, refused, slots_of
+from .rows import from_front, places, pooled
+from .tiles_triton import block_of, length_of, load_rows, real_tokens, refused, slots_of
 
 MAX_CHUNK = 256  # logits of a block of queries with all keys of the chunk stand in registers
 HEADS = 4  # query heads whose queries one program takes; more make more programs
@@ -45,8 +45,7 @@ def chunk_attention(
     batch, heads, tokens, dim = key.shape
     group = query.shape[1] // heads
     place = places(valid)
-    source = None if place is None else sources(place)
-    length = None if valid is None else valid.sum(-1)
+    source, length = real_tokens(valid)
     chunks = triton.cdiv(tokens, chunk)
     parts = triton.cdiv(group, HEADS)
     # In float32 two keys' tiles, high and low parts, do not fit: keys pass in steps, and half as many queries leave them room.

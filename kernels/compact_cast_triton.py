@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .compact_triton import LARGEST, launch, turn_refused
 from .moved_rows_triton import move_refused
-from .tiles_triton import DTYPES
+from .tiles_triton import type_refused
 
 
 def refusal(
@@ -15,10 +15,7 @@ def refusal(
     """See `KernelOp.refusal`."""
     if dtype not in LARGEST:
         return f"{dtype} is neither int8 nor float8_e4m3fn"
-    for rows in (key, value):
-        if rows.dtype not in DTYPES:
-            return f"{rows.dtype} is not one of float32, bfloat16 and float16"
-    return move_refused(key, value) or turn_refused(key, turns)
+    return type_refused(key) or type_refused(value) or move_refused(key, value) or turn_refused(key, turns)
 
 
 def compact_cast(

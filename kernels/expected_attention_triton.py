@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .rows import places, ranks, sources
-from .tiles_triton import block_of, length_of, load_rows, refused, slots_of
+from .rows import ranks
+from .tiles_triton import block_of, length_of, load_rows, real_tokens, refused, slots_of
 
 PIECE = 2048  # tokens whose moments leave the chip together
 RUN = 256  # tokens that tensor cores add up: they cut sums off where others round, and long sums would drift
@@ -81,8 +81,7 @@ def expected_attention(
 def _moments(query: Tensor, valid: Tensor | None, sinks: int, covariance: bool) -> Moments:
     """Moments of the real queries behind the first `sinks`."""
     batch, heads, tokens, dim = query.shape
-    place = places(valid)
-    source, length = (None, None) if valid is None or place is None else (sources(place).contiguous(), valid.sum(-1))
+    source, length = real_tokens(valid)
     # Two at least, although one may hold the row: tracing specialises sizes of 1, and one graph shall serve all lengths.
     pieces = torch.sym_max(2, triton.cdiv(tokens, PIECE))
     mean = query.new_empty((batch, heads, pieces, dim), dtype=torch.float32)

@@ -9,8 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .rows import places, sources
-from .tiles_triton import block_of, length_of, load_rows, refused, slots_of
+from .tiles_triton import block_of, length_of, load_rows, real_tokens, refused, slots_of
 
 MAX_SIZE = 64  # columns of a sketch: their Gram matrix stands in registers
 PIECE = 128  # tokens of a piece: their sketched keys stand in registers
@@ -40,9 +39,7 @@ def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> T
     """
     batch, heads, tokens, dim = key.shape
     size = sketch.shape[-1]
-    place = places(valid)
-    source = None if place is None else sources(place)
-    length = None if valid is None else valid.sum(-1)
+    source, length = real_tokens(valid)
     width = chunk or tokens
     # Two where one would do: tracing specialises sizes of 1, and one graph shall serve all lengths. Empty ones cost nothing.
     chunks = torch.sym_max(2, triton.cdiv(tokens, chunk)) if chunk else 1

@@ -80,7 +80,7 @@ class KernelOp:
         """
         name = f"{self.name}_triton"
         if not hasattr(torch.ops.kvfx, name):
-            torch.library.triton_op(f"kvfx::{name}", getattr(self._module, self.name), mutates_args=self.written)
+            torch.library.triton_op(f"kvfx::{name}", self.launcher, mutates_args=self.written)
         return getattr(torch.ops.kvfx, name).default
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -96,6 +96,11 @@ class KernelOp:
     def refusal(self, *args: Any) -> str | None:
         """Why the Triton form does not take arguments of such shapes and types; None if it does."""
         return self._module.refusal(*args)
+
+    @property
+    def launcher(self) -> Callable[..., Any]:
+        """What launches the Triton kernels."""
+        return getattr(self._module, self.name)
 
     @property
     def _module(self) -> ModuleType:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from .allocate import joint, sure
+from .allocate import joint
 from .op import KernelOp, samples
 from .select import best
+from .shares import listed, share_of, sure
 
 
 def select_heads(
@@ -50,15 +51,10 @@ def select_heads(
     lengths = chosen.sum(-1)
     if then is not None:
         size = torch.sym_min(tokens, count * heads)
-        share = (lengths * share_numerator // share_denominator).clamp(min=min(share_numerator, 1)).minimum(lengths)
+        share = share_of(lengths, share_numerator, share_denominator).minimum(lengths)
         share = share.maximum(sure(first, count, counts, floor_numerator, floor_denominator, least)[:, None])
         chosen = best(then.masked_fill(best(first, size, share), torch.inf), size, lengths)
-    places = count * heads
-    flat = chosen.flatten(1)
-    target = torch.where(flat, flat.cumsum(-1) - 1, places)  # the last place is thrown away
-    slot = torch.arange(flat.shape[1], device=first.device)
-    slots = torch.full((first.shape[0], places + 1), -1, dtype=torch.int64, device=first.device)
-    return slots.scatter(-1, target, slot.expand_as(target))[:, :places], lengths
+    return listed(chosen, count * heads), lengths
 
 
 def _inputs(dims, dtype, device, seed):

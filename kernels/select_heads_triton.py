@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import select_triton
 from .select_triton import best, joint_best
+from .shares import listed, share_of, sure
 
 
 def refusal(
@@ -23,19 +24,13 @@ def select_heads(
 
     Floor: 20 bytes read and 1 written per score each time, most of it in the L2 cache, and 8 written per slot.
     """
-    batch, heads, tokens = first.shape
-    each = torch.full((batch,), count, dtype=torch.int64, device=first.device) if counts is None else counts
-    sure = (each * floor_numerator // floor_denominator).clamp(min=least).minimum(each)
-    scores = first.masked_fill(best(first, count, sure), torch.inf) if floor_numerator or least else first
+    _, heads, tokens = first.shape
+    each = sure(first, count, counts, floor_numerator, floor_denominator, least)
+    scores = first.masked_fill(best(first, count, each), torch.inf) if floor_numerator or least else first
     chosen = joint_best(scores, count * heads, None if counts is None else counts * heads)
     lengths = chosen.sum(-1)
     if then is not None:
-        share = (lengths * share_numerator // share_denominator).clamp(min=min(share_numerator, 1)).minimum(lengths)
-        turn = then.masked_fill(best(first, tokens, share.maximum(sure.unsqueeze(1))), torch.inf)
+        share = share_of(lengths, share_numerator, share_denominator).minimum(lengths)
+        turn = then.masked_fill(best(first, tokens, share.maximum(each.unsqueeze(1))), torch.inf)
         chosen = best(turn, tokens, lengths)
-    places = count * heads
-    flat = chosen.flatten(1)
-    target = torch.where(flat, flat.cumsum(-1) - 1, places)  # the last place is thrown away
-    slot = torch.arange(flat.shape[1], device=first.device)
-    slots = torch.full((batch, places + 1), -1, dtype=torch.int64, device=first.device)
-    return slots.scatter(-1, target, slot.expand_as(target)).narrow(1, 0, places), lengths
+    return listed(chosen, count * heads), lengths

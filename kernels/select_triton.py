@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .tiles_triton import DTYPES
+from .tiles_triton import type_refused
 
 TILE = 2048  # scores looked at together; below 2^15, so that two counts fit one integer
 PROGRAMS = 256  # about how many there are of a launch, where rows are long: two for each multiprocessor. At most BINS
@@ -24,9 +24,7 @@ GROUP = tl.constexpr(32)  # pieces whose counts are read together
 
 def refusal(scores: Tensor, count: int, counts: Tensor | None) -> str | None:
     """See `KernelOp.refusal`."""
-    if scores.dtype not in DTYPES:
-        return f"{scores.dtype} is not one of float32, bfloat16 and float16"
-    return None
+    return type_refused(scores)
 
 
 def select(scores: Tensor, count: int, counts: Tensor | None) -> Tensor:

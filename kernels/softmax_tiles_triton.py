@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles_triton
-from .rows import places, sources
-from .tiles_triton import block_of, length_of
+from .tiles_triton import block_of, length_of, real_tokens
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
@@ -75,10 +74,7 @@ def refused(query: Tensor, key: Tensor, scale: float | None) -> str | None:
 
 def asked_of(query: Tensor, key: Tensor, valid: Tensor | None, window: int, scale: float | None) -> Asked:
     """The last `window` queries of each row."""
-    place = places(valid)
-    if valid is None or place is None:
-        return Asked(query, key, None, None, window, scale)
-    return Asked(query, key, sources(place).contiguous(), valid.sum(-1), window, scale)
+    return Asked(query, key, *real_tokens(valid), window, scale)
 
 
 def tiles_of(query: Tensor) -> tuple[int, int]:

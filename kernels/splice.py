@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .op import KernelOp, samples
 from .select import best
+from .shares import counts_of, share_of
 
 
 def splice(first: Tensor, then: Tensor, count: int, counts: Tensor | None, numerator: int, denominator: int) -> Tensor:
@@ -28,9 +29,7 @@ def splice(first: Tensor, then: Tensor, count: int, counts: Tensor | None, numer
 
     Numerics: exact. Cost: one top-k and a few sweeps over the scores.
     """
-    if counts is None:
-        counts = torch.full((first.shape[0],), count, dtype=torch.int64, device=first.device)
-    share = (counts * numerator // denominator).clamp(min=min(numerator, 1))
+    share = share_of(counts_of(first, count, counts), numerator, denominator)
     return then.masked_fill(best(first, count, share), torch.inf)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import select_triton
 from .select_triton import best
+from .shares import counts_of, share_of
 
 
 def refusal(first: Tensor, then: Tensor, count: int, counts: Tensor | None, numerator: int, denominator: int) -> str | None:
@@ -17,7 +18,5 @@ def splice(first: Tensor, then: Tensor, count: int, counts: Tensor | None, numer
 
     Floor: 20 bytes of `first` read per score, most from the L2 cache, 5 read and 4 written to mark the share.
     """
-    if counts is None:
-        counts = torch.full((first.shape[0],), count, dtype=torch.int64, device=first.device)
-    share = (counts * numerator // denominator).clamp(min=min(numerator, 1))
+    share = share_of(counts_of(first, count, counts), numerator, denominator)
     return then.masked_fill(best(first, count, share), torch.inf)

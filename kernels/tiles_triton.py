@@ -9,9 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import places, sources
+
 INTERPRETED = triton.knobs.runtime.interpret  # kernels run on tensors of the CPU, to be tested
 MAX_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def type_refused(tensor: Tensor) -> str | None:
+    """Why kernels do not compute with a tensor's type; None if they do."""
+    return None if tensor.dtype in DTYPES else f"{tensor.dtype} is not one of float32, bfloat16 and float16"
 
 
 def refused(*tensors: Tensor | None) -> str | None:
@@ -19,11 +26,22 @@ def refused(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.dtype not in DTYPES:
-            return f"{tensor.dtype} is not one of float32, bfloat16 and float16"
+        if (reason := type_refused(tensor)) is not None:
+            return reason
         if tensor.shape[-1] > MAX_DIM:
             return f"{tensor.shape[-1]} channels are more than {MAX_DIM}"
     return None
+
+
+def real_tokens(valid: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What `slots_of` and `length_of` read: slots of each row's tokens, real ones first, [B, S], and lengths, [B].
+
+    Both are int64 and contiguous; None and None where every token is real.
+    """
+    place = places(valid)
+    if valid is None or place is None:
+        return None, None
+    return sources(place).contiguous(), valid.sum(-1)
 
 
 def block_of(channels: int) -> int:

@@ -61,6 +61,9 @@ def test_explain_says_what_ran():
     model = kvfx.compile(llama(), "knorm:0.5", backend="eager", impl="triton")
     model.compress(tokens(1, LENGTH))
     assert {site["lowering"] for site in kvfx.explain(model).as_dict()["sites"]} == {"triton"}
+    without_kernel = kvfx.compile(llama(), "lagkv:0.5", backend="eager", impl="triton")
+    without_kernel.compress(tokens(1, LENGTH))
+    assert {site["lowering"] for site in kvfx.explain(without_kernel).as_dict()["sites"]} == {"triton, but lag reference"}
     by_default = kvfx.compile(llama(), "knorm:0.5", backend="eager")
     by_default.compress(tokens(1, LENGTH))
     assert {site["lowering"] for site in kvfx.explain(by_default).as_dict()["sites"]} == {"reference"}

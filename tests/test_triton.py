@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from kernel_cases import CASES, MAKE
 from kernel_floors import FLOORS
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from forms import run_kernel
 from kvfx.kernels import OPS, Dims
-from test_kernels import DTYPES, rows_are_independent, variants
+from test_kernels import DTYPES, argument_names, replaced, rows_are_independent, variants
 from yardstick import assert_within_rounding
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +102,11 @@ def test_rows_of_a_batch_do_not_see_each_other(op):
             row = [x[b : b + 1] if isinstance(x, Tensor) and len(x) == dims.B else x for x in arguments]
             for whole, alone in zip(together, tree_leaves(run_kernel(op.name, *row)), strict=True):
                 assert_within_rounding(whole[b : b + 1], alone, alone.double())
+
+
+@pytest.mark.parametrize("op", [op for op in KERNELS if "valid" in argument_names(op)], ids=str)
+def test_flags_of_padding_may_lie_in_memory_row_by_row_or_token_by_token(op):
+    arguments = dict(variants(op, Dims(B=3)))["padded"]
+    where = argument_names(op).index("valid")
+    by_token = replaced(arguments, where, arguments[where].t().contiguous().t())
+    assert torch.equal(run_kernel(op.name, *by_token), run_kernel(op.name, *arguments))
