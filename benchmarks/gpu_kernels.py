@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton
-from kernel_cases import LLAMA, MAKE, Case, Sizes
+from kernel_cases import LLAMA, MAKE, Case, Sizes, half_of
 from kernel_floors import FLOORS, GOALS, POLICIES, Ceilings, policy_seconds, prefill_seconds
 from method import number, table_of, text
+from ragged_forms import FLEX_BLOCK, block_mask
+from torch.nn.attention.flex_attention import flex_attention
 
 from kvfx.kernels import OPS
 
@@ -29,6 +32,7 @@ class KernelTime:
         bound: "memory" or "matmul", whichever takes longer.
         floor_us: how long, at the ceilings named in the table; microseconds, as all times.
         kernel_us, eager_us, compiled_us: medians of the kernel, of its reference, and of that behind torch.compile.
+        flex_us: of flex_attention over the same slots, where that does the same.
         rate: of the kernel, GB/s or TFLOP/s.
         share: of the ceiling.
         goal: the share that is promised.
@@ -43,6 +47,7 @@ class KernelTime:
     kernel_us: float | str
     eager_us: float | str
     compiled_us: float | str
+    flex_us: float | str
     rate: float | str
     share: float | str
     goal: float | str
@@ -69,7 +74,24 @@ def measured(lengths: Iterable[int], ceilings: Ceilings, device: str, compare: b
         times: list[float | str] = [median_us(lambda a=arguments, c=case: OPS[c.op].kernel(*a), device)]
         for form in (OPS[case.op].overload, compiled[case.op]):
             times.append(_or_empty(lambda f=form, a=arguments: f(*a), device) if compare and tokens <= LONGEST else "")
+        times.append(flex_us(case.sizes, device) if case.op == "ragged_attention" and compare else "")
         yield _row(case, tokens, ceilings, *times)
+
+
+def flex_us(sizes: Sizes, device: str) -> float | str:
+    """flex_attention over as many slots of the same heads, which lie in one flat pool of blocks; empty where it does not run."""
+    B, H, G, S, D = sizes.dims
+    held = half_of(np.full((1, B, H), S)).flatten()
+    blocks = -(-held // FLEX_BLOCK)
+    query = sizes.tensor(1, B * H * G, 1, D)
+    key, value = (sizes.tensor(1, 1, int(blocks.sum()) * FLEX_BLOCK, D) for _ in range(2))
+    mask = block_mask(held, blocks.cumsum() - blocks, G, len(key[0, 0]) // FLEX_BLOCK, device, 1 if device == "cpu" else FLEX_BLOCK)
+    step = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    try:
+        return median_us(lambda: step(query, key, value, block_mask=mask, enable_gqa=True), device)
+    except Exception as error:  # of many kinds: it is compiled for this one mask, and may refuse it
+        print(f"flex_attention over {held.tolist()} slots does not run: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return ""
 
 
 def _row(case: Case, tokens: int, ceilings: Ceilings, *times: float | str) -> KernelTime:
@@ -77,11 +99,11 @@ def _row(case: Case, tokens: int, ceilings: Ceilings, *times: float | str) -> Ke
     is_memory = floor.is_memory_bound(case.sizes, ceilings)
     work = floor.read(case.sizes) / 1e9 if is_memory else floor.flops(case.sizes) / 1e12
     ceiling = ceilings.bandwidth / 1e9 if is_memory else ceilings.matmul / 1e12
-    kernel, eager, compiled = times or ("", "", "")
+    kernel, eager, compiled, flex = times or ("", "", "", "")
     rate = work / kernel * 1e6 if isinstance(kernel, float) else ""
     return KernelTime(
         case.op, tokens, floor.read(case.sizes), floor.flops(case.sizes), "memory" if is_memory else "matmul",
-        floor.seconds(case.sizes, ceilings) * 1e6, kernel, eager, compiled, rate,
+        floor.seconds(case.sizes, ceilings) * 1e6, kernel, eager, compiled, flex, rate,
         rate / ceiling if isinstance(rate, float) else "", floor.goal if tokens == 32768 and floor.goal else "",
     )  # fmt: skip
 
@@ -173,6 +195,7 @@ def table(name: str) -> str:
         "operator": text("op"), "tokens": number("tokens", 0), "bound by": text("bound"), "floor, us": number("floor_us", 1),
         "kernel, us": number("kernel_us", 1), "rate": lambda row: _rate(row), "of the ceiling": number("share", 2),
         "goal": number("goal", 2), "reference, us": number("eager_us", 0), "compiled reference, us": number("compiled_us", 0),
+        "flex_attention, us": number("flex_us", 1),
     }  # fmt: skip
     return table_of(name, about, columns)
 

@@ -94,6 +94,14 @@ class Sizes:
         """Half of the tokens of each head, to be moved together."""
         return self.keys(), self.keys(), self.positions(), self.slots(self.dims.Hkv, self.kept()), self.padded
 
+    def moved_into(self) -> tuple[Any, ...]:
+        """The same, into buffers that have room for all and hold nothing."""
+        *rows, _ = self.moved()
+        held, length = (torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in (
+            ((self.dims.B, self.dims.Hkv, self.dims.S), torch.int32), ((self.dims.B,), torch.int64)
+        ))  # fmt: skip
+        return self.keys(), self.keys(), held, *rows, self.counts(), length
+
     def kept(self) -> int:
         """Half of the tokens."""
         return self.dims.S // 2
@@ -144,6 +152,12 @@ def blocks_masked(sizes: Sizes) -> tuple[Any, ...]:
     return query, key, value, mask, *rest[:-2], 30.0, sizes.tensor(query.shape[1])
 
 
+def told(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of `ragged_attention`, and the power of probabilities that are summed."""
+    *tensors, scale, softcap, sinks = arguments
+    return *tensors, 2, scale, softcap, sinks
+
+
 # Arguments of each operator as policies call it.
 MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_norm": lambda sizes: (sizes.keys(),),
@@ -151,12 +165,14 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "key_diff": lambda sizes: (sizes.keys(), sizes.valid()),
     "compact": lambda sizes: sizes.moved(),
     "compact_cast": lambda sizes: (*sizes.moved(), sizes.turns(), False, torch.int8),
+    "compact_into": lambda sizes: sizes.moved_into(),
     "pack": lambda sizes: (*sizes.pool(), sizes.keys(), sizes.keys(), sizes.positions(), *sizes.written()),
     "select": lambda sizes: (sizes.scores(), sizes.kept(), sizes.counts()),
     "select_heads": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), sizes.counts(), 1, 5, 1, 1, 2),
     "splice": lambda sizes: (sizes.scores(), sizes.scores(), sizes.kept(), sizes.counts(), 1, 2),
     "redundancy": lambda sizes: (sizes.keys(), sizes.valid()),
     "ragged_attention": blocks_held,
+    "ragged_probabilities": lambda sizes: told(blocks_held(sizes)),
     "window_attention": lambda sizes: (
         sizes.queries(), sizes.keys(), None, sizes.valid(), WINDOW, None, "mean", "mean", 5, "avg",
     ),
@@ -191,3 +207,4 @@ RAGGED = {
 
 CASES = [Case(op, name, make, sizes) for op, make in MAKE.items() for name, sizes in SIZES.items()]
 CASES += [Case("ragged_attention", name, make, Sizes(dims, torch.bfloat16)) for name, (make, dims) in RAGGED.items()]
+CASES.append(Case("ragged_probabilities", "masked", lambda sizes: told(blocks_masked(sizes)), Sizes(LLAMA, torch.bfloat16)))

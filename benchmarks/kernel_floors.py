@@ -92,6 +92,7 @@ FLOORS: dict[str, Floor] = {
     "zscore": Floor(lambda s: 12 * _rows(s), _nothing, 0.85),
     "select": Floor(lambda s: 5 * 4 * _rows(s) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "compact": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 8 * KEEP * _rows(s), _nothing, 0.85),
+    "compact_into": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 8 * KEEP * _rows(s), _nothing, 0.85),
     "compact_cast": Floor(
         lambda s: KEEP * (2 * _keys(s) + 2 * _rows(s) * s.dims.D + 24 * _rows(s)) + 4 * s.dims.S * s.dims.D, _nothing, 0.85
     ),
@@ -99,6 +100,7 @@ FLOORS: dict[str, Floor] = {
     "splice": Floor(lambda s: 5 * 4 * _rows(s) + 4 * _rows(s), _nothing, 0.85),
     "pack": Floor(lambda s: 2 * KEEP * (2 * _keys(s) + 4 * _rows(s)) + 16 * KEEP * _rows(s), _nothing, 0.85),
     "ragged_attention": Floor(lambda s: 2 * KEEP * _keys(s), _nothing, 0.85),
+    "ragged_probabilities": Floor(lambda s: KEEP * (2 * _keys(s) + 8 * s.dims.G * _rows(s) + 4 * _rows(s)), _nothing, 0.85),
 }
 
 # What a prefill under a policy runs in each layer, besides choosing and moving; in the order of their cost.

@@ -216,22 +216,22 @@ def flexed(problem: Problem, lengths: np.ndarray) -> Form:
     return Form(step, lengths, [*keys, *values, *tables])
 
 
-def block_mask(held: np.ndarray, starts: np.ndarray, group: int, blocks: int) -> BlockMask:
-    """Of each head the full blocks, and the last one, of which the end is hidden."""
+def block_mask(held: np.ndarray, starts: np.ndarray, group: int, blocks: int, device: str = "cpu", queries: int = 1) -> BlockMask:
+    """Of each head the full blocks, and the last one, of which the end is hidden; for a block of `queries` with one query in it."""
 
     def rows(numbers: np.ndarray) -> Tensor:
-        return torch.from_numpy(numbers.astype(np.int32)).repeat_interleave(group, 0)[None, :, None].contiguous()
+        return torch.from_numpy(numbers.astype(np.int32)).repeat_interleave(group, 0)[None, :, None].contiguous().to(device)
 
     full = (held - 1) // FLEX_BLOCK
     every = np.minimum(starts[:, None] + np.arange(blocks), blocks - 1)  # those behind `full` are not read
     last = np.broadcast_to((starts + full)[:, None], every.shape)
-    ends = torch.from_numpy((held - 1) % FLEX_BLOCK).repeat_interleave(group)
+    ends = torch.from_numpy((held - 1) % FLEX_BLOCK).repeat_interleave(group).to(device)
 
     def there(row: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:
         return slot % FLEX_BLOCK <= ends[head]
 
     return BlockMask.from_kv_blocks(
-        rows(np.ones_like(full)), rows(last), rows(full), rows(every), BLOCK_SIZE=(1, FLEX_BLOCK), mask_mod=there,
+        rows(np.ones_like(full)), rows(last), rows(full), rows(every), BLOCK_SIZE=(queries, FLEX_BLOCK), mask_mod=there,
         seq_lengths=(1, blocks * FLEX_BLOCK), compute_q_blocks=False,
     )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """Attention over a pool of blocks, in which every head of every row holds as many slots as it likes."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,37 @@ def ragged_attention(
         return _attend(
             query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, shift, scale, softcap, sinks
         )
+    return one_query(
+        query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, owner, first, blocks, merge, shift, chunk,
+        scale, softcap, sinks,
+    ).out  # fmt: skip
+
+
+class OneQuery(NamedTuple):
+    """What attention of a single query comes to; U = B * Hkv extents.
+
+    Attributes:
+        out: the answer, [B, Hq, 1, Dv].
+        full: of slots of full blocks, exp(logit - top of the chunk), [n, G, chunk / P, P]; 0 elsewhere.
+        tops: the highest logit of each chunk, [n, G].
+        rest: of the last block of each extent that is not full, and of the new token, exp(logit - highest), [U, G, P + 1].
+        highest: logit of each extent, or 0 if it sees nothing, [U, G].
+        norm: sum of exp(logit - highest), [U, G].
+    """
+
+    out: Tensor
+    full: Tensor
+    tops: Tensor
+    rest: Tensor
+    highest: Tensor
+    norm: Tensor
+
+
+def one_query(
+    query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, owner, first, blocks, merge, shift, chunk,
+    scale, softcap, sinks,
+) -> OneQuery:  # fmt: skip
+    """See `ragged_attention`."""
     (B, Hq, _, D), Hkv, P = query.shape, key.shape[1], pool_keys.shape[1]
     held, owner = lengths.flatten(), owner.long()
     asks = query.reshape(B * Hkv, Hq // Hkv, D).float()
@@ -89,25 +122,26 @@ def ragged_attention(
     logits = _products(asks[owner], pool_keys[blocks])  # [n, G, J, P]
     logits = finish(logits, pool_positions[blocks], owner).masked_fill(~full[:, None, :, None], -torch.inf)
     tops = logits.amax((2, 3))
-    weights = (logits - _above(tops)[..., None, None]).exp()
-    totals, parts = weights.sum((2, 3)), _weighed(weights, pool_values[blocks], full)  # [n, G], [n, G, Dv]
+    shown = (logits - _above(tops)[..., None, None]).exp()
+    totals, parts = shown.sum((2, 3)), _weighed(shown, pool_values[blocks], full)  # [n, G], [n, G, Dv]
 
     # Extents are put together from their chunks, always in the same order. (Chunks come first in these tensors: along the last
     # axis of an index the compiler would gather single numbers.)
     which, alive = merge.flatten(0, 1).clamp(min=0).t(), (merge >= 0).flatten(0, 1).t()[..., None]  # [k, U], [k, U, 1]
-    tops = tops[which].masked_fill(~alive, -torch.inf)
-    highest = torch.maximum(tops.amax(0), rest.amax(-1))  # [U, G]
+    each = tops[which].masked_fill(~alive, -torch.inf)
+    highest = torch.maximum(each.amax(0), rest.amax(-1))  # [U, G]
     if sinks is not None:
         sinks = sinks.float().view(Hkv, -1).repeat(B, 1)
         highest = torch.maximum(highest, sinks)
     highest = _above(highest)
-    shares, weights = (tops - highest).exp(), (rest - highest[..., None]).exp()
+    shares, weights = (each - highest).exp(), (rest - highest[..., None]).exp()
     norm = (shares * totals[which]).sum(0) + weights.sum(-1)
     if sinks is not None:
         norm = norm + (sinks - highest).exp()
     out = (shares[..., None] * parts[which]).sum(0) + weights @ values
-    out = out / torch.where(norm > 0, norm, 1)[..., None]
-    return out.to(query.dtype).view(B, Hq, 1, -1)
+    norm = torch.where(norm > 0, norm, 1)
+    out = (out / norm[..., None]).to(query.dtype).view(B, Hq, 1, -1)
+    return OneQuery(out, shown, tops, weights, highest, norm)
 
 
 def _products(asks, keys):

@@ -40,6 +40,22 @@ def ragged_attention(
     6 % of that for 4 query heads and chunks of 128 slots in 16 bits, mostly within the L2 cache. The matrix unit's 16 rows make
     64 * D flops per slot of the 4 * G * D that are needed, hidden behind the bytes.
     """
+    return launch(
+        query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, owner, first, blocks, merge, shift, chunk,
+        scale, softcap, sinks,
+    )  # fmt: skip
+
+
+def launch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, pool_keys: Tensor, pool_values: Tensor, pool_positions: Tensor,
+    table: Tensor, lengths: Tensor, owner: Tensor, first: Tensor, blocks: Tensor, merge: Tensor, shift: Tensor, chunk: int,
+    scale: float | None, softcap: float | None, sinks: Tensor | None, logit: Tensor | None = None, of_all: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch the two kernels, which leave more where there is room for it.
+
+    In `logit`, [n, G, chunk] float32, the logit of each slot that an extent holds. In `of_all`, [3, B * Hq] float32, of each query
+    head what to subtract from a logit, and what to divide its exponential by, for a probability; and that of the new token.
+    """
     (batch, asking, _, dim), heads, width, block = query.shape, key.shape[1], value.shape[3], pool_keys.shape[1]
     group, chunks = asking // heads, owner.shape[0]
     block_d, block_v = block_of(dim), block_of(width)
@@ -54,11 +70,12 @@ def ragged_attention(
 
     seen, stride_mask, mask_options = _mask_of(mask, asking, heads)
     logits = (dim**-0.5 if scale is None else scale, 1.0 if softcap is None else softcap)
-    options = {"CAPPED": softcap is not None, "HEADS": heads, "GROUP": group, "CHUNK": chunk, **mask_options}
+    options = {"CAPPED": softcap is not None, "HEADS": heads, "GROUP": group, "CHUNK": chunk, "TOLD": of_all is not None}
+    options |= mask_options
     strides = query.stride(0), query.stride(1), query.stride(3)
     shares = triton.cdiv(group, ROWS)
     wrap_triton(_chunk_kernel)[(chunks * shares,)](
-        query, pool_keys, pool_values, pool_positions, mask, lengths, owner, first, blocks, shift, top, total, part,
+        query, pool_keys, pool_values, pool_positions, mask, lengths, owner, first, blocks, shift, top, total, part, logit,
         *strides, *pool_keys.stride(), *pool_values.stride(), *pool_positions.stride(), *stride_mask, seen, *logits,
         SLOTS=block, DIM=dim, WIDTH=width, SHARES=shares, BLOCK_G=ROWS, BLOCK_S=block_s, BLOCK_D=block_d, BLOCK_V=block_v,
         num_warps=warps, num_stages=STAGES, **options,
@@ -68,7 +85,7 @@ def ragged_attention(
     block_v = min(block_v, MERGED)
     tiles = triton.cdiv(width, block_v)
     wrap_triton(_merge_kernel)[(batch * asking * tiles,)](
-        query, key, value, mask, sinks, lengths, merge, top, total, part, out,
+        query, key, value, mask, sinks, lengths, merge, top, total, part, out, of_all,
         *strides, key.stride(0), key.stride(1), key.stride(3), value.stride(0), value.stride(1), value.stride(3),
         *stride_mask, seen, *logits, merge.shape[2],
         SINKS=sinks is not None, DIM=dim, WIDTH=width, TILES=tiles, BLOCK_C=MERGED, BLOCK_D=block_d, BLOCK_V=block_v,
@@ -141,12 +158,13 @@ def _above(top):
 @triton.jit
 def _chunk_kernel(
     query_ptr, key_ptr, value_ptr, position_ptr, mask_ptr, length_ptr, owner_ptr, first_ptr, block_ptr, shift_ptr,
-    top_ptr, total_ptr, part_ptr,
+    top_ptr, total_ptr, part_ptr, logit_ptr,
     stride_qb, stride_qh, stride_qd, stride_kn, stride_kp, stride_kd, stride_vn, stride_vp, stride_vd, stride_pn, stride_pp,
     stride_mb, stride_mh, stride_mg, stride_mt, columns, scale, softcap,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr, HEADS: tl.constexpr,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    TOLD: tl.constexpr, SHARES: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     number = (tl.program_id(0) // SHARES).to(tl.int64)
     extent = tl.load(owner_ptr + number).to(tl.int64)
@@ -181,6 +199,9 @@ def _chunk_kernel(
             if EACH:
                 mask_at += tl.minimum(one, GROUP - 1)[:, None] * stride_mg
         logits = _logits(_dot(asks, tl.trans(keys)), mask_at, live[None], scale, softcap, CAPPED, MASKED)
+        if TOLD:
+            at = (number * GROUP + one)[:, None] * CHUNK + slot[None]
+            tl.store(logit_ptr + at, logits, mask=(one < GROUP)[:, None] & live[None])
         higher = tl.maximum(top, tl.max(logits, 1))
         fade = tl.exp(top - _above(higher))
         weights = tl.exp(logits - _above(higher)[:, None])
@@ -204,12 +225,12 @@ def _slots(base, block, place, live, stride_n, stride_p, stride_d, COLUMNS: tl.c
 
 @triton.jit
 def _merge_kernel(
-    query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, length_ptr, merge_ptr, top_ptr, total_ptr, part_ptr, out_ptr,
+    query_ptr, key_ptr, value_ptr, mask_ptr, sink_ptr, length_ptr, merge_ptr, top_ptr, total_ptr, part_ptr, out_ptr, all_ptr,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_kh, stride_kd, stride_vb, stride_vh, stride_vd,
     stride_mb, stride_mh, stride_mg, stride_mt, columns, scale, softcap, depth,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr, SINKS: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, TOLD: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     number = (tl.program_id(0) // TILES).to(tl.int64)  # of a row and query head
     extent, one = number // GROUP, number % GROUP
@@ -229,7 +250,8 @@ def _merge_kernel(
         mask_ptr += row * stride_mb + head * stride_mh + one * stride_mg
     if COLUMNS:
         mask_ptr += tl.cast(columns - 1, tl.int64) * stride_mt
-    top = _logits(product, mask_ptr, True, scale, softcap, CAPPED, MASKED)
+    logit = _logits(product, mask_ptr, True, scale, softcap, CAPPED, MASKED)
+    top = logit
     norm = tl.exp(top - _above(top))
     out = norm * value.to(tl.float32)
     if SINKS:
@@ -251,5 +273,11 @@ def _merge_kernel(
         norm = norm * fade + tl.sum(shares * totals, 0)
         out = out * fade + tl.sum(shares[:, None] * parts, 0)
         top = higher
-    out = out / tl.where(norm > 0, norm, 1.0)
+    norm = tl.where(norm > 0, norm, 1.0)
+    out = out / norm
+    if TOLD:  # each tile the same
+        count = tl.num_programs(0) // TILES
+        tl.store(all_ptr + number, _above(top))
+        tl.store(all_ptr + count + number, norm)
+        tl.store(all_ptr + 2 * count + number, tl.exp(logit - _above(top)) / norm)
     tl.store(out_ptr + number * WIDTH + channel, out.to(out_ptr.dtype.element_ty), mask=kept)

@@ -10,7 +10,7 @@ from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer, gather_slots, no_positions
 from kvfx.errors import CacheMismatch
 from kvfx.ragged_layer import STATE, RaggedLayer
-from kvfx.static_layer import StaticLayer, empty_last
+from kvfx.static_layer import StaticLayer
 
 if TYPE_CHECKING:
     from kvfx.ragged_cache import RaggedCache
@@ -35,7 +35,7 @@ def fill_static(cache: StaticCache, dense: Cache) -> None:
         if bool((there != there[:, :1]).any()):
             raise CacheMismatch("heads of a row hold unequally many slots, which a static cache cannot. Keep the cache ragged")
         count = there[:, 0].sum(-1)
-        order = empty_last(count, source.slots)
+        order = (torch.arange(source.slots, device=count.device) + count[:, None]) % source.slots  # empty ones go behind
         if layer.window is None:
             layer.append(source.keys, source.values, positions, order, count)
         else:

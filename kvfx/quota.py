@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from kvfx.block import Block
 from kvfx.errors import InputError
 from kvfx.lower import lower
-from kvfx.passes.cache_write import size_of
+from kvfx.passes.cache_write import size_of, slots_of
 from kvfx.passes.capture import mark_dynamic
 from kvfx.passes.plan import Plan
 from kvfx.policy import Policy
@@ -36,6 +36,21 @@ class Quota(NamedTuple):
     most: list[int]
     whole: bool
     rows: list[int]
+
+    def of_layers(self, windows: Sequence[int | None], whole: Collection[int], block: Block) -> tuple[list[int], list[int]]:
+        """Slots of a row that each layer of a cache of fixed capacity needs room for, and those that the longest row fills.
+
+        Args:
+            windows: of each layer; one with a window has its room, which counts for 0.
+            whole: layers that store everything, whatever others evict.
+            block: the new tokens.
+        """
+        sizes = [block.length] if self.sizes is None else [slots_of(size) for size in self.sizes]
+        room, filled = (
+            [0 if window else tokens if index in whole else kept[min(index, len(kept) - 1)] for index, window in enumerate(windows)]
+            for kept, tokens in ((sizes, block.length), (self.most, max(block.lengths)))
+        )
+        return room, filled
 
 
 def quota(policy: Policy, plan: Plan, block: Block, layers: int, keep: Keep) -> Quota:

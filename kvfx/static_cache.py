@@ -68,7 +68,7 @@ class StaticCache(Cache):
 
         Args:
             new: new tokens of each row, padding included.
-            stored: at most so many slots of a row will be stored, of each layer or of all.
+            stored: at most so many slots of a row each layer will store, 0 those with windows.
             tokens: the longest text, where the cache does not say.
 
         Raises:
@@ -80,10 +80,9 @@ class StaticCache(Cache):
                 f"the cache has seen {seen} tokens and {new} are to follow, but it was made for texts of {limit}. Nothing was "
                 f"written. Make it longer, StaticCache({self.capacity}, tokens={seen + new}), or reset it."
             )
-        for index in range(max(len(self.layers), 1)):
-            more = stored[min(index, len(stored) - 1)]
-            held = self.layers[index].filled if self.layers else 0
-            if (self.layers and self.layers[index].window is not None) or held + more <= self.capacity:
+        for index, more in enumerate(stored):
+            held = self.layers[index].filled if self.layers and more else 0
+            if held + more <= self.capacity:
                 continue
             if self.layers:  # rows may have grown unequally, so look
                 held = self.layers[index].filled = int(self.layers[index].length.max())

@@ -134,6 +134,20 @@ class StaticLayer(CacheLayer):
         self._put(place + self.length[:, None], key, value, positions if positions.dim() == 3 else positions[:, None])
         self.length.add_(new if kept is None else kept)
 
+    def append_chosen(self, key: Tensor, value: Tensor, positions: Tensor, slots: Tensor, counts: Tensor | None) -> None:
+        """Put chosen new tokens behind the slots held, in place.
+
+        Args:
+            key: `[B, Hkv, S, D]`.
+            value: `[B, Hkv, S, Dv]`.
+            positions: of the new tokens, `[B, S]` int32.
+            slots: what is chosen, in order, `[B, Hkv, n]`; -1 at the left where a row keeps less.
+            counts: how many each row keeps, `[B]`; None if all keep n.
+        """
+        buffers = self.keys, self.values, self.prefix
+        torch.ops.kvfx.compact_into(*buffers, key, value, positions, slots, counts, self.length)
+        self.length.add_(slots.shape[2] if counts is None else counts)
+
     def replace_oldest(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Put one new token of each row, at `positions` `[B, 1]`, in place of the one that leaves the window."""
         self._put(positions.long() % self.keys.shape[2], key, value, positions[:, None])
@@ -202,11 +216,6 @@ class StaticLayer(CacheLayer):
         """Forget the last `tokens` slots, in place; rows have seen `seen` real tokens without them."""
         self.forget_from(seen)
         self.filled, self.tokens = self.filled - tokens, self.tokens - tokens
-
-
-def empty_last(count: Tensor, slots: int) -> Tensor:
-    """The place of each of `slots` slots, `[B, slots]`, when those on the left, all but `count` `[B]`, are empty and go behind."""
-    return (torch.arange(slots, device=count.device) + count[:, None]) % slots
 
 
 def in_place(tensor: Tensor, rows: Rows) -> Tensor:

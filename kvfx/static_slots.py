@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvfx.passes.cache_write import slots_of
+from kvfx.passes.cache_write import size_of, slots_of
+from kvfx.passes.plan import Plan, Splice
 from kvfx.slot_cache import SlotCache
-from kvfx.static_layer import empty_last
 
 
 class StaticSlots(SlotCache):
     """Layers of fixed capacity as a traced forward sees them: as if nothing had been evicted. `update` writes in place.
 
     Attributes:
+        plan: what is evicted.
         has_past: whether tokens were seen before.
         longest: carries the number of tokens of the longest text that the cache may see, see `passes.cache_write`.
         empty: whether the model is to know which tokens of the text are padding.
@@ -24,9 +25,19 @@ class StaticSlots(SlotCache):
     layout = "static"
     is_compileable = True  # so that transformers makes masks for fixed lengths
 
-    def __init__(self, layers: Any, sizes: Any, counts: Any, longest: Tensor, has_past: bool, shows_padding: bool) -> None:
-        super().__init__(layers, sizes, counts, empty=shows_padding)
-        self.longest, self.has_past = longest, has_past
+    def __init__(
+        self,
+        layers: Any,
+        plan: Plan,
+        sizes: Any,
+        counts: Any,
+        longest: Tensor,
+        has_past: bool,
+        shows_padding: bool,
+        whole: frozenset[int],
+    ) -> None:
+        super().__init__(layers, sizes, counts, empty=shows_padding, whole=whole)
+        self.plan, self.longest, self.has_past = plan, longest, has_past
         self.valid: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -40,9 +51,12 @@ class StaticSlots(SlotCache):
         if self.has_past and not appends:
             read = self._read(layer, layer_idx, read)  # before what it reads is written to
         order, kept = self._order()
-        if layer.window is None and self.sizes is not None:
+        if layer.window is None and self.sizes is not None and layer_idx not in self.whole:
             self._evict(layer, layer_idx, key, value)
         elif layer.window is None:
+            if self.sizes is not None:  # so that the report of what is evicted lists this layer
+                everything = size_of(key.shape[2], key.device)
+                key, value, _, layer.finite = torch.ops.kvfx.cache_write(key, value, self.positions, None, everything, layer_idx)
             layer.append(key, value, self.positions, order, kept)
         elif self.has_past and appends:
             layer.replace_oldest(key, value, self.positions)
@@ -54,10 +68,11 @@ class StaticSlots(SlotCache):
         """Append what is kept of new keys and values."""
         assert self.sizes is not None
         counts = None if self.counts is None else self.counts[min(index, len(self.counts) - 1)]
-        size = self.sizes[min(index, len(self.sizes) - 1)]
-        *stored, layer.finite = torch.ops.kvfx.cache_write(key, value, self.positions, counts, size, index)
-        order = None if counts is None else empty_last(counts, stored[0].shape[2])
-        layer.append(*stored, order, counts)
+        count = slots_of(self.sizes[min(index, len(self.sizes) - 1)])
+        first, scores, layer.finite = torch.ops.kvfx.cache_score(key, value, self.positions, counts, index)
+        if isinstance(self.plan.score, Splice):
+            scores = torch.ops.kvfx.splice(first, scores, count, counts, *self.plan.score.share.as_integer_ratio())
+        layer.append_chosen(key, value, self.positions, torch.ops.kvfx.select(scores, count, counts), counts)
 
     @property
     def tokens(self) -> int:

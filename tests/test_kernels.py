@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_leaves
 
+from examples import examples
 from forms import forms
 from kvfx.kernels import OPS, Dims
 from kvfx.kernels.leverage import draw_sketch
@@ -25,8 +26,8 @@ LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 3, 5 * CHUN
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PADDINGS = ["none", "left", "right", "interior"]
 
-many = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-some = settings(many, max_examples=20)  # of kernels of many steps, each of which the interpreter takes its time for
+many = settings(deadline=None, max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow])
+some = settings(many, max_examples=examples(20))  # of kernels of many steps, each of which the interpreter takes its time for
 seeds = st.integers(0, 2**31)
 
 
@@ -586,7 +587,13 @@ def variants(op, dims: Dims, dtype: torch.dtype = torch.float32, seed: int = 0) 
     if "valid" in names:
         valid = torch.rand(dims.B, dims.S, generator=generator) < 0.7
         found.append(("padded", replaced(plain, names.index("valid"), valid)))
-    if "counts" in names:
+    if "counts" in names and "slots" in names:
+        slots = plain[names.index("slots")]
+        counts = torch.randint(0, slots.shape[-1] + 1, (dims.B,), generator=generator)
+        empty = torch.arange(slots.shape[-1]) < slots.shape[-1] - counts[:, None, None]
+        arguments = replaced(plain, names.index("slots"), slots.masked_fill(empty, -1))
+        found.append(("counted", replaced(arguments, names.index("counts"), counts)))
+    elif "counts" in names:
         counts = torch.randint(0, plain[names.index("count")] + 1, (dims.B,), generator=generator)
         found.append(("counted", replaced(plain, names.index("counts"), counts)))
     if "padded" in names:
@@ -613,12 +620,12 @@ def answers(op, arguments) -> list[Tensor]:
 
 def rows_are_independent(op) -> bool:
     """Say whether batch rows are apart: not where statistics run over the batch, or where rows share a pool and a list of work."""
-    return op.name not in ("kvpress_compactor", "place", "pack", "ragged_attention")
+    return op.name not in ("kvpress_compactor", "place", "pack", "ragged_attention", "ragged_probabilities")
 
 
 def numbers_heads(op) -> bool:
     """Say whether an answer counts or numbers the heads, so that it does not simply move with them."""
-    return op.name in ("random", "allocate", "select_heads", "place", "pack", "ragged_attention")
+    return op.name in ("random", "allocate", "select_heads", "place", "pack", "ragged_attention", "ragged_probabilities")
 
 
 @pytest.mark.parametrize("op", OP_LIST, ids=str)
@@ -657,10 +664,10 @@ def test_finite_input_never_gives_nan(op, dtype):
 def test_rows_of_a_batch_do_not_see_each_other(op):
     dims = Dims(B=3, Hkv=2)
     for _, arguments in variants(op, dims):
-        together = tree_leaves(op.overload(*arguments))
+        together = answers(op, arguments)
         for b in range(dims.B):
             row = [x[b : b + 1] if isinstance(x, Tensor) and len(x) == dims.B else x for x in arguments]
-            for whole, alone in zip(together, tree_leaves(op.overload(*row)), strict=True):
+            for whole, alone in zip(together, answers(op, row), strict=True):
                 if whole.dim():  # a flag over the batch is about the batch
                     part = whole[b : b + 1]
                     assert_within_rounding(part, alone, alone.double())
@@ -678,8 +685,8 @@ def test_permuted_heads_give_permuted_answers(op):
         return x.unflatten(axis, (dims.Hkv, -1)).index_select(axis, order).flatten(axis, axis + 1)
 
     for _, arguments in variants(op, dims):
-        straight, permuted = tree_leaves(op.overload(*arguments)), map(permute, arguments, argument_names(op))
-        for expected, actual in zip(map(permute, straight), tree_leaves(op.overload(*permuted)), strict=True):
+        straight, permuted = answers(op, arguments), list(map(permute, arguments, argument_names(op)))
+        for expected, actual in zip(map(permute, straight), answers(op, permuted), strict=True):
             assert_within_rounding(actual, expected, expected.double())
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from examples import examples
 from forms import forms, forms_of
 from kvfx.algebra import Splice
 from kvfx.kernels import OPS
@@ -17,7 +18,7 @@ from test_equivalence import decoder, padded
 from yardstick import assert_within_rounding
 
 allocate, select, select_heads = (OPS[name].overload for name in ("allocate", "select", "select_heads"))
-many = settings(deadline=None, max_examples=60)
+many = settings(deadline=None, max_examples=examples(60))
 
 
 def slow_numbers(scores, n, floor, least, most=0):
@@ -107,7 +108,7 @@ def test_heads_keep_the_best_of_the_layer_each_by_its_own_number(case, floor, le
 
 
 @given(rows(turns=2), FLOORS, st.integers(0, 3), TURNS)
-@settings(deadline=None, max_examples=12)  # up to twenty launches each
+@settings(deadline=None, max_examples=examples(12))  # up to twenty launches each
 def test_so_they_do_by_the_kernel(case, floor, least, share):
     (kernel,) = (form for form in forms_of("select_heads") if form.kernel)
     assert_heads_keep_the_best(kernel, case, floor, least, share)

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from examples import examples
 from forms import forms
 from kvfx.kernels import OPS
 from test_kernels import cases
 from yardstick import assert_within_rounding
 
-some = settings(deadline=None, max_examples=25)
-few = settings(deadline=None, max_examples=12)
+some = settings(deadline=None, max_examples=examples(25))
+few = settings(deadline=None, max_examples=examples(12))
 EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
 FAR = 300  # more than any token moves
 

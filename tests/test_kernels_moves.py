@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from examples import examples
 from forms import DEVICE, Form, forms
 from kvfx.kernels import OPS
 from test_kernels import cases, slow_select
 
-some = settings(deadline=None, max_examples=25)
+some = settings(deadline=None, max_examples=examples(25))
 LONG = 2 * 2048 + 77  # a few tiles of scores, the last one short
 
 
@@ -85,7 +86,7 @@ def test_one_program_may_have_to_look_at_several_tiles(op):
 
 @forms("select")
 @given(cases(), st.data())
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=examples(8))
 def test_scores_may_lie_anywhere_in_memory(op, case, data):
     B, H, _, S, _ = case.dims
     (scores,) = case._replace(padding="none").draw((B, H, S))
@@ -124,18 +125,84 @@ def test_rows_of_any_type_and_length_are_copied(op, dtype, dim, dim_v):
     assert torch.equal(kept, torch.stack([positions[b][source[b]] for b in range(2)]).masked_fill(empty, -1))
 
 
-# -- pack --------------------------------------------------------------------------------------------------------------------------
+# -- compact_into -----------------------------------------------------------------------------------------------------------------
 
 
-def packed(op: Form, pool: list[Tensor], *arguments: Tensor) -> list[Tensor]:
-    """What stands in a pool after `op` has written to a copy of it, strides and all."""
+def written(op: Form, buffers: list[Tensor], *arguments: Tensor | None) -> list[Tensor]:
+    """What stands in buffers after `op` has written to copies of them, strides and all."""
     device = DEVICE if op.kernel else "cpu"
-    copies = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x) for x in pool]
+    copies = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x) for x in buffers]
+    moved = [None if x is None else x.to(device) for x in arguments]
     row = OPS[op.name]
     if op.kernel:
-        assert row.refusal(*copies, *arguments) is None
-    (row.kernel if op.kernel else row.overload)(*copies, *(x.to(device) for x in arguments))
+        assert row.refusal(*copies, *moved) is None
+    (row.kernel if op.kernel else row.overload)(*copies, *moved)
     return [x.cpu() for x in copies]
+
+
+def slow_compact_into(buffers, key, value, positions, slots, counts, length):
+    buffers = [x.clone() for x in buffers]
+    (B, H, n), zero = slots.shape, (torch.zeros_like(key[0, 0, 0]), torch.zeros_like(value[0, 0, 0]), -1)
+    for b, h in itertools.product(range(B), range(H)):
+        kept = [int(slot) for slot in slots[b, h] if slot >= 0]
+        assert counts is None or len(kept) == counts[b]
+        rows = [(key[b, h, slot], value[b, h, slot], positions[b, slot]) for slot in kept] + [zero] * (n - len(kept))
+        for place, row in enumerate(rows, int(length[b])):
+            for buffer, new in zip(buffers, row, strict=True):
+                buffer[b, h, place] = new
+    return buffers
+
+
+@forms("compact_into")
+@given(cases(), st.booleans(), st.booleans(), st.data())
+@some
+def test_what_is_kept_stands_behind_what_is_held_and_nothing_else_is_written(op, case, uneven, seen_from_afar, data):
+    B, H, _, S, D = case.dims
+    generator = torch.Generator().manual_seed(case.seed)
+    key, value = case._replace(padding="none").draw((B, H, S, D), (B, H, S, D + 1))
+    scores = torch.randn(B, H, S, generator=generator)
+    positions = torch.randint(1000, (B, S), dtype=torch.int32, generator=generator)
+    count = data.draw(st.integers(1, S))
+    counts = torch.randint(0, count + 1, (B,), generator=generator) if uneven else None
+    length = torch.randint(0, 9, (B,), generator=generator)
+    buffers = [torch.randn(B, H, count + 10, width, generator=generator).to(case.dtype) for width in (D, D + 1)]
+    buffers.append(torch.randint(-9, 0, buffers[0].shape[:3], dtype=torch.int32, generator=generator))
+    if seen_from_afar:
+        buffers = [torch.cat([x, torch.full_like(x, 99)], 2)[:, :, : count + 10] for x in buffers]
+    arguments = (key, value, positions, slow_select(scores, count, counts), counts, length)
+    for actual, expected in zip(written(op, buffers, *arguments), slow_compact_into(buffers, *arguments), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@forms("compact_into")
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(torch.bfloat16, 128), (torch.float32, 80), (torch.int8, 96), (torch.float16, 256)], ids=str
+)
+def test_more_rows_than_one_program_moves_are_moved_in_place(op, dtype, dim):
+    generator = torch.Generator().manual_seed(5)
+    key, value = rows(3, dtype, 2, 150, 2, dim).transpose(1, 2), rows(4, dtype, 2, 2, 150, dim)
+    positions = torch.randint(1000, (2, 150), dtype=torch.int32, generator=generator)
+    counts, length = torch.tensor([137, 70]), torch.tensor([3, 0])
+    slots = slow_select(torch.randn(2, 2, 150, generator=generator), 137, counts)
+    buffers = [torch.zeros(2, 2, 141, dim, dtype=dtype), torch.zeros(2, 2, 141, dim, dtype=dtype)]
+    buffers.append(torch.zeros(2, 2, 141, dtype=torch.int32))
+    arguments = (key, value, positions, slots, counts, length)
+    for actual, expected in zip(written(op, buffers, *arguments), slow_compact_into(buffers, *arguments), strict=True):
+        assert torch.equal(bits(actual), bits(expected))
+
+
+def test_a_buffer_of_another_type_is_refused():
+    buffer, key, index = (
+        torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16),
+        torch.zeros(1, 1, 2, 8),
+        torch.zeros(1, 1, 1, dtype=torch.int64),
+    )
+    positions = torch.zeros(1, 2, dtype=torch.int32)
+    reason = OPS["compact_into"].refusal(buffer, buffer, positions[None], key, key, positions, index, None, index[0, 0])
+    assert reason == "the buffer's keys are torch.bfloat16, the new ones torch.float32"
+
+
+# -- pack --------------------------------------------------------------------------------------------------------------------------
 
 
 def slow_pack(pool, key, value, positions, slots, places):
@@ -168,7 +235,7 @@ def test_pack_writes_what_is_chosen_where_it_shall_stand_and_nothing_else(op, ca
     if seen_from_afar:  # as the slots of a longer buffer
         pool = [torch.cat([x, torch.full_like(x, 99)], 1)[:, :size] for x in pool]
     arguments = (key, value, positions, slots, places)
-    for actual, expected in zip(packed(op, pool, *arguments), slow_pack(pool, *arguments), strict=True):
+    for actual, expected in zip(written(op, pool, *arguments), slow_pack(pool, *arguments), strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -184,7 +251,7 @@ def test_more_rows_than_one_program_writes_are_packed(op, dtype, dim):
     places = torch.randperm(45 * 16, generator=generator)[: 2 * 267].view(2, 267)
     pool = [torch.zeros(45, 16, dim, dtype=dtype), torch.zeros(45, 16, dim, dtype=dtype), torch.zeros(45, 16, dtype=torch.int32)]
     arguments = (key, value, positions, slots, places)
-    for actual, expected in zip(packed(op, pool, *arguments), slow_pack(pool, *arguments), strict=True):
+    for actual, expected in zip(written(op, pool, *arguments), slow_pack(pool, *arguments), strict=True):
         assert torch.equal(bits(actual), bits(expected))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -10,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from examples import examples
 from forms import Form, forms
 from kvfx.kernels import OPS
 from kvfx.work_list import NOWHERE, work_list
 from yardstick import assert_within_rounding
 
-many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+many = settings(deadline=None, max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
 CHUNK = 8
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASKS = ["none", "bool", "additive", "bool per head", "additive per head", "one column"]
@@ -113,31 +115,36 @@ def mask_of(case: Case, generator: torch.Generator) -> Tensor | None:
     return drawn.to(case.dtype) if case.mask.startswith("additive") else drawn > -0.3
 
 
+def slow_probabilities(given: Given, dtype: torch.dtype, row: int, head: int, place: int) -> Tensor:
+    """Of one query over what its head holds and then the new tokens, by the definition."""
+    query, key, _, mask, *rest = given.arguments
+    shift, sinks, softcap = rest[9], rest[-1], rest[-2]
+    _, heads, new, dim = query.shape
+    mine, text = head // (heads // key.shape[1]), 0 if mask is None else mask.shape[3] - new
+    held_keys, _, at = given.kept[row][mine]
+    logits = torch.cat([held_keys, key[row, mine]]).to(dtype) @ query[row, head, place].to(dtype) * dim**-0.5
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if mask is not None:
+        columns = torch.cat([at + shift[row], text + torch.arange(new)])
+        line = mask[row % mask.shape[0], head % mask.shape[1], place % mask.shape[2]]
+        seen = line.expand(len(columns)) if len(line) == 1 else line[columns]
+        logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen.to(dtype)
+    tokens = len(logits)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[head, None].to(dtype)])
+    return torch.softmax(logits, 0)[:tokens] if (logits > -torch.inf).any() else torch.zeros(tokens, dtype=dtype)
+
+
 def slow(given: Given, dtype: torch.dtype) -> Tensor:
     """One query after the other, by the definition."""
-    query, key, value, mask, *rest = given.arguments
-    shift, sinks, softcap = rest[9], rest[-1], rest[-2]
-    rows, heads, new, dim = query.shape
-    group, text = heads // key.shape[1], 0 if mask is None else mask.shape[3] - new
+    query, _, value = given.arguments[:3]
+    rows, heads, new, _ = query.shape
     out = torch.zeros(rows, heads, new, value.shape[3], dtype=dtype)
-    for row in range(rows):
-        for head in range(heads):
-            held_keys, held_values, at = given.kept[row][head // group]
-            keys = torch.cat([held_keys, key[row, head // group]]).to(dtype)
-            values = torch.cat([held_values, value[row, head // group]]).to(dtype)
-            columns = torch.cat([at + shift[row], text + torch.arange(new)])
-            for place in range(new):
-                logits = keys @ query[row, head, place].to(dtype) * dim**-0.5
-                if softcap is not None:
-                    logits = torch.tanh(logits / softcap) * softcap
-                if mask is not None:
-                    line = mask[row % mask.shape[0], head % mask.shape[1], place % mask.shape[2]]
-                    seen = line.expand(len(columns)) if len(line) == 1 else line[columns]
-                    logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen.to(dtype)
-                if sinks is not None:
-                    logits = torch.cat([logits, sinks[head, None].to(dtype)])
-                if (logits > -torch.inf).any():
-                    out[row, head, place] = torch.softmax(logits, 0)[: len(values)] @ values
+    for row, head, place in itertools.product(range(rows), range(heads), range(new)):
+        mine = head // (heads // value.shape[1])
+        values = torch.cat([given.kept[row][mine][1], value[row, mine]]).to(dtype)
+        out[row, head, place] = slow_probabilities(given, dtype, row, head, place) @ values
     return out
 
 

@@ -18,6 +18,7 @@ import zoo
 from decoding import GREEDY, fresh_llama, ones, tokens
 from kvfx.engine import engine_of
 from kvfx.passes.capture import pytree
+from test_scores_asked import unread
 from test_windows import mixed
 
 HALF, PYRAMID = "knorm:0.5", "knorm | budget=uniform(0.5, shape=pyramid(4))"
@@ -134,6 +135,7 @@ def test_windows_go_round(padding):
 
 @pytest.mark.slow  # minutes, for all families
 @pytest.mark.filterwarnings("ignore:no cache layer of .* is compressed")
+@pytest.mark.filterwarnings(r"ignore:.*autograd.function.Function. should not be:DeprecationWarning")  # Dynamo, of BLOOM
 @pytest.mark.parametrize("family", [name for name in zoo.ROWS if name != "mpt"])  # refused, see below
 def test_every_family_decodes_in_place(family):
     for padding in (None, (0, 5)):
@@ -256,6 +258,27 @@ def test_rows_may_keep_different_fractions_in_one_graph():
         count = alone.layers[0].slots
         assert torch.equal(cache.layers[0].positions[row, :, :count], alone.layers[0].positions[0])
         torch.testing.assert_close(logits[row], model(tokens(3, 1, seed=9)[row : row + 1], past_key_values=alone).logits[0])
+
+
+@pytest.mark.filterwarnings("ignore:1 of 2 cache layers")  # each graph says so
+def test_a_layer_that_cannot_be_scored_is_held_whole(monkeypatch):
+    model = fresh_llama(num_hidden_layers=2)
+    other = model.model.layers[1].self_attn
+    monkeypatch.setattr(other, "forward", unread(other))
+    model, ids = kvfx.compile(model, HALF, backend="eager"), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    with pytest.warns(UserWarning, match="1 of 2 cache layers of LlamaForCausalLM are compressed"):
+        cache = model.compress(ids, attention_mask=mask, past_key_values=kvfx.StaticCache(44, 60))
+    dense = model.compress(ids, attention_mask=mask)
+    assert [layer.filled for layer in cache.layers] == [20, 40]
+    for ours, theirs, counts in zip(cache.layers, dense.layers, ([20, 18], [40, 37]), strict=True):
+        for row, count in enumerate(counts):
+            assert torch.equal(ours.positions[row, :, :count], theirs.positions[row, :, -count:])
+            assert torch.equal(ours.keys[row, :, :count], theirs.keys[row, :, -count:])
+            assert bool((ours.positions[row, :, count:] == -1).all())
+    with pytest.raises(kvfx.PoolExhausted, match=r"layer 1 holds 0 of 30 slots and 40 are to be stored"):
+        model.compress(ids, past_key_values=kvfx.StaticCache(30, 60))
 
 
 @pytest.mark.parametrize(
