@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -16,9 +17,9 @@ from torch import Tensor
 
 import kvfx
 from kvfx.demo import table
-from kvfx.demo.measure import Row, measure, with_full_cache
+from kvfx.demo.measure import STAGES, Row, measure, with_full_cache
 from kvfx.errors import InputError
-from kvfx.explain import Explanation
+from kvfx.explanation import Explanation
 
 GAP = "\n\n"  # between the context and a question
 
@@ -112,6 +113,7 @@ class Comparison:
         questions: as they were asked.
         answers: for each policy the text of each answer.
         prompt: the tokens, cut into context and questions.
+        kept: for each policy which tokens of the context each head kept, per layer `[Hkv, C]` bool.
         explanation: what was found in the model, under the last policy.
     """
 
@@ -119,6 +121,7 @@ class Comparison:
     questions: tuple[str, ...]
     answers: list[list[str]]
     prompt: Prompt
+    kept: list[list[np.ndarray]]
     explanation: Explanation
 
     def as_dict(self) -> dict[str, Any]:
@@ -179,14 +182,14 @@ def compare(
         UnsupportedModel: the model is no causal decoder.
     """
     chosen = with_full_cache(policies)  # a misspelt one is found before a large model is loaded
-    with table.progress(console or Console(quiet=True), len(chosen)) as say:
+    with table.progress(console or Console(quiet=True), STAGES * len(chosen)) as say:
         model, tokenizer = _load(path, device)
         prompt = cut(tokenizer, context, questions)
         ids, *asked = (part.to(device) for part in (prompt.context, *prompt.questions))
-        rows, models = measure(model, chosen, ids, asked, new_tokens=new_tokens, backend=backend, repeats=1, say=say)
+        rows, models, kept = measure(model, chosen, ids, asked, new_tokens=new_tokens, backend=backend, repeats=1, say=say)
         explanation = kvfx.explain(models[-1])
     answers = [[tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in row.answers] for row in rows]
-    return Comparison(rows, tuple(questions), answers, prompt, explanation)
+    return Comparison(rows, tuple(questions), answers, prompt, kept, explanation)
 
 
 def _load(path: Path, device: str) -> tuple[Any, Any]:

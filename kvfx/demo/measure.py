@@ -13,12 +13,14 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 import kvfx
 from kvfx.cache import Cache
+from kvfx.demo.heatmap import kept_tokens
 from kvfx.policy import Policy
 
 STAGES = 3  # how often `measure` says what comes next, for each policy
@@ -85,7 +87,7 @@ def measure(
     backend: str = "inductor",
     repeats: int = 3,
     say: Callable[[str], None] = lambda text: None,
-) -> tuple[list[Row], list[Any]]:
+) -> tuple[list[Row], list[Any], list[list[np.ndarray]]]:
     """Compress `context` by each policy, then ask every question of a copy of the cache.
 
     Keeps of one policy share a prefill graph, and all policies share the graphs that read a question and decode, so
@@ -102,17 +104,20 @@ def measure(
         say: is told what comes next.
 
     Returns:
-        A row for each policy, and the compressed models that made them, for `kvfx.explain`.
+        For each policy a row, the compressed model that made it, for `kvfx.explain`, and which tokens each head kept,
+        per layer `[Hkv, C]` bool.
     """
-    rows, models, seen = [], [], set[Any]()
+    rows, models, kept, seen = [], [], [], set[Any]()
     for policy in policies:
         compressed = kvfx.compile(model, policy, backend=backend)
         compiles = backend != "eager" and policy.score not in seen
         say(f"{policy.name}: {'compiling' if compiles else 'running'} the prefill")
-        rows.append(_row(policy.name, compressed, context, questions, new_tokens, repeats, say))
+        row, cache = _row(policy.name, compressed, context, questions, new_tokens, repeats, say)
+        rows.append(row)
         models.append(compressed)
+        kept.append(kept_tokens(cache))
         seen.add(policy.score)
-    return rows, models
+    return rows, models, kept
 
 
 def _row(
@@ -123,7 +128,7 @@ def _row(
     new_tokens: int,
     repeats: int,
     say: Callable[[str], None],
-) -> Row:
+) -> tuple[Row, Cache]:
     with _clock(context) as first_prefill:
         cache = model.compress(context)
     prefill = []
@@ -131,6 +136,7 @@ def _row(
         with _clock(context) as seconds:
             cache = model.compress(context)
         prefill += seconds
+    nbytes = cache.nbytes  # before copies, which share their blocks with a ragged cache, grow its pool
     say(f"{name}: warming up the answers")
     with _clock(context) as warm_up:
         ask(model, cache, questions[0], min(2, new_tokens))
@@ -141,16 +147,17 @@ def _row(
         watch = Stopwatch()
         answers += map(tuple, ask(model, cache, batch, new_tokens, watch).tolist())
         steps += watch.steps
-    return Row(
+    row = Row(
         policy=name,
         answers=tuple(answers),
         slots=tuple(layer.slots for layer in cache.layers),
-        nbytes=cache.nbytes,
+        nbytes=nbytes,
         prefill=median(prefill),
         decode=median(steps) if steps else None,
         first_prefill=first_prefill[0],
         warm_up=warm_up[0],
     )
+    return row, cache
 
 
 def ask(model: Any, cache: Cache, questions: Tensor, new_tokens: int, watch: Stopwatch | None = None) -> Tensor:

@@ -10,9 +10,10 @@ it; a question stands behind the document, and the model goes on with the answer
 The model also learned `asks k_nera k_dufi :`, which is left out: with every question two words long, all can be asked
 in one batch without padding.
 
-On documents of the default length and density the full cache answers 99 % of the questions, `compactor:0.5` 98 %,
-`compactor:0.25` 40 % and `random:0.5` 14 % (8 documents, 320 questions). The density decides how far policies lie
-apart: at 0.36 `compactor:0.25` answers half.
+On documents of the default length and density the full cache and `compactor:0.5` answer all questions,
+`compactor:0.25` 96 % and `random:0.5` 15 % (seeds 0 to 7, 320 questions). These documents are plain: their prose shares
+no word with their notes. The model was trained on harder ones, with names and values in the prose too, and on those
+`benchmarks/retriever` asks it.
 """
 
 from __future__ import annotations
@@ -38,11 +39,17 @@ _SUCCESSOR_WEIGHTS = [1 / rank**1.3 for rank in range(1, 7)]
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the words that answer it."""
+    """A question, the words that answer it, and the statements of the document that say so, in their order there."""
 
     kind: str
     text: str
     answer: tuple[str, ...]
+    statements: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the statements."""
+        return sum(len(statement.split()) for statement in self.statements)
 
     def is_answered_by(self, words: Sequence[str]) -> bool:
         """Whether `words` begin with the whole answer; the values of `all` may come in any order."""
@@ -59,17 +66,11 @@ class Document:
     text: str
     questions: tuple[Question, ...]
 
-
-@dataclass(frozen=True)
-class _Fact:
-    """What one question is about: statements that must stand in the document, in this order."""
-
-    statements: tuple[str, ...]
-    question: Question
-
-    @property
-    def length(self) -> int:
-        return sum(len(statement.split()) for statement in self.statements)
+    def places(self, question: Question) -> list[range]:
+        """Where each statement that answers `question` stands: indices of words, which are tokens."""
+        before = (f"{self.text} ".partition(f" {statement} ")[0] for statement in question.statements)
+        starts = [len(text.split()) for text in before]
+        return [range(start, start + len(statement.split())) for start, statement in zip(starts, question.statements, strict=True)]
 
 
 def write(
@@ -93,7 +94,7 @@ def write(
     draw = random.Random(seed)
     names = iter(draw.sample(_vocabulary().names, len(_vocabulary().names)))
     room = int(length * density)
-    facts: list[_Fact] = []
+    facts: list[Question] = []
     try:
         facts += (_FACTS[kind](names, draw) for kind in islice(cycle(kinds), questions))
     except (StopIteration, RuntimeError):
@@ -104,7 +105,7 @@ def write(
             f"the facts behind {questions} questions do not fit into a document of {length} tokens, of which notes may "
             f"fill {density:.0%}; ask fewer, or write a longer one"
         )
-    asked = tuple(fact.question for fact in facts)
+    asked = tuple(facts)
     for name in names:
         unasked = _ask(iter([name]), draw)
         if unasked.length > room:
@@ -114,7 +115,7 @@ def write(
     return Document(_assemble(facts, length, draw), tuple(draw.sample(asked, len(asked))))
 
 
-def _assemble(facts: Sequence[_Fact], length: int, draw: random.Random) -> str:
+def _assemble(facts: Sequence[Question], length: int, draw: random.Random) -> str:
     """Strew the statements into prose; those of one fact keep their order."""
     owners = [index for index, fact in enumerate(facts) for _ in fact.statements]
     draw.shuffle(owners)
@@ -147,20 +148,21 @@ def _note(name: str, values: Sequence[str]) -> str:
     return " ".join(("note", name, *values, END))
 
 
-def _ask(names: Iterator[str], draw: random.Random) -> _Fact:
+def _ask(names: Iterator[str], draw: random.Random) -> Question:
     name, values = next(names), _values(draw)
-    return _Fact((_note(name, values),), Question("ask", f"ask {name}", (*values, END)))
+    return Question("ask", f"ask {name}", (*values, END), (_note(name, values),))
 
 
-def _all(names: Iterator[str], draw: random.Random) -> _Fact:
+def _all(names: Iterator[str], draw: random.Random) -> Question:
     name, values = next(names), _values(draw, 3)
-    return _Fact(tuple(_note(name, [value]) for value in values), Question("all", f"all {name}", (*values, END)))
+    statements = tuple(_note(name, [value]) for value in values)
+    return Question("all", f"all {name}", (*values, END), statements)
 
 
-def _trace(names: Iterator[str], draw: random.Random) -> _Fact:
+def _trace(names: Iterator[str], draw: random.Random) -> Question:
     first, second, third, (value,) = next(names), next(names), next(names), _values(draw, 1)
     statements = (f"set {first} {value} ;", f"set {second} {first} ;", f"set {third} {second} ;")
-    return _Fact(statements, Question("trace", f"trace {third}", (second, first, value, END)))
+    return Question("trace", f"trace {third}", (second, first, value, END), statements)
 
 
 _FACTS = {"ask": _ask, "all": _all, "trace": _trace}

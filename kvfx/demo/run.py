@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console, ConsoleOptions, RenderResult
+from torch import Tensor
 
 import kvfx
 from kvfx.demo import notes, table
-from kvfx.demo.measure import Row, measure, with_full_cache
-from kvfx.explain import Explanation
+from kvfx.demo.measure import STAGES, Row, measure, with_full_cache
+from kvfx.explanation import Explanation
 
 POLICIES = ("none", "compactor:0.5", "compactor:0.25", "knorm:0.5", "knorm:0.25", "random:0.5", "random:0.25")
 
@@ -22,11 +24,10 @@ CAVEAT = (
     "[bold]What this shows:[/] a model that really retrieves runs through the rewritten graphs, and what a policy "
     "drops cannot be answered.\n"
     "[bold]What it does not show:[/] which policy is best for your model. This one has 0.7 M parameters and a "
-    "synthetic vocabulary of 512 words, and its training started from attention heads that were set by hand. Its "
-    "notes have [italic]large[/] key norms, so that knorm, which keeps small ones as published, drops them first "
-    "and ends at the bottom; of large language models the opposite is reported. Notes and prose share no word, so "
-    "that the leverage in compactor tells them apart easily. Notes fill more than a quarter of the document, so "
-    "that at 0.25 no policy can hold them all."
+    "synthetic vocabulary of 512 words. In its last layer notes have [italic]larger[/] key norms than prose, so that "
+    "knorm, which keeps small ones as published, ends at the bottom; of large language models the opposite is "
+    "reported. In this document notes and prose share no word, so that the leverage in compactor tells them apart "
+    "easily."
 )
 
 
@@ -38,7 +39,8 @@ class Demo:
         document: the text and the questions.
         tokens: of the document.
         rows: a measurement for each policy, the full cache first.
-        right: questions that each policy answered, word for word.
+        right: for each policy and question whether it was answered word for word.
+        kept: for each policy which tokens each head kept, per layer `[Hkv, S]` bool.
         explanation: what was found in the model, under the first policy that is not the full cache.
         backend: what ran the graphs.
         seconds: from loading to the last answer.
@@ -47,7 +49,8 @@ class Demo:
     document: notes.Document
     tokens: int
     rows: list[Row]
-    right: list[int]
+    right: list[list[bool]]
+    kept: list[list[np.ndarray]]
     explanation: Explanation
     backend: str
     seconds: float
@@ -56,7 +59,7 @@ class Demo:
         """The same as JSON-ready data, without the texts."""
         questions = len(self.document.questions)
         rows = [
-            {**asdict(row), "right": right, "questions": questions, "share": row.nbytes / self.rows[0].nbytes}
+            {**asdict(row), "right": sum(right), "questions": questions, "share": row.nbytes / self.rows[0].nbytes}
             for row, right in zip(self.rows, self.right, strict=True)
         ]
         return {
@@ -73,7 +76,7 @@ class Demo:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         questions = len(self.document.questions)
         title = f"{questions} questions on a document of {self.tokens} tokens, compressed before they were asked"
-        yield table.comparison(self.rows, title, [f"{right}/{questions}" for right in self.right])
+        yield table.comparison(self.rows, title, [f"{sum(right)}/{questions}" for right in self.right])
         compiling = sum(row.first_prefill + row.warm_up for row in self.rows)
         yield (
             f"prefill: of the document, median of 3. per token: from one to the next, median, {questions} answers "
@@ -111,21 +114,28 @@ def run(
     start = time.perf_counter()
     document = notes.write(tokens, questions, seed)
     chosen = with_full_cache(policies)
-    with table.progress(console or Console(quiet=True), len(chosen)) as say:
+    with table.progress(console or Console(quiet=True), STAGES * len(chosen)) as say:
         model, tokenizer = load()
         context = tokenizer(document.text, return_tensors="pt").input_ids
-        batch = tokenizer([question.text for question in document.questions], return_tensors="pt").input_ids
-        longest = max(len(question.answer) for question in document.questions)
-        rows, models = measure(model, chosen, context, [batch], new_tokens=longest, backend=backend, say=say)
+        batch, longest = asked(document, tokenizer)
+        rows, models, kept = measure(model, chosen, context, [batch], new_tokens=longest, backend=backend, say=say)
         explanation = kvfx.explain(models[:2][-1])
-    right = [
-        sum(
-            question.is_answered_by(tokenizer.convert_ids_to_tokens(list(answer)))
-            for question, answer in zip(document.questions, row.answers, strict=True)
-        )
-        for row in rows
+    right = [answered(document, tokenizer, row.answers) for row in rows]
+    return Demo(document, tokens, rows, right, kept, explanation, backend, time.perf_counter() - start)
+
+
+def asked(document: notes.Document, tokenizer: Any) -> tuple[Tensor, int]:
+    """The questions of a document as token ids, `[B, 2]`, and the tokens of the longest answer."""
+    batch = tokenizer([question.text for question in document.questions], return_tensors="pt").input_ids
+    return batch, max(len(question.answer) for question in document.questions)
+
+
+def answered(document: notes.Document, tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[bool]:
+    """Which questions of a document token ids answer, a row for each question."""
+    return [
+        question.is_answered_by(tokenizer.convert_ids_to_tokens(list(answer)))
+        for question, answer in zip(document.questions, answers, strict=True)
     ]
-    return Demo(document, tokens, rows, right, explanation, backend, time.perf_counter() - start)
 
 
 def load() -> tuple[Any, Any]:

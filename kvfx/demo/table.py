@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvfx.demo.measure import STAGES, Row
+from kvfx.demo.measure import Row
 
 
 def comparison(rows: Sequence[Row], title: str, right: Sequence[str] = ()) -> Table:
@@ -32,9 +31,10 @@ def milliseconds(seconds: float | None) -> str:
 
 
 @contextmanager
-def progress(console: Console, policies: int) -> Iterator[Any]:
-    """Show a bar while `policies` are measured; yields what to call with the name of the next stage."""
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("loading", total=STAGES * policies + 1)
+def progress(console: Console, steps: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar, the time passed and the time left over so many steps; yields what to call with the name of each as it begins."""
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("left:"))
+    # The first call of each policy compiles, so that speed is known over many steps only.
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=120) as bar:
+        task = bar.add_task("loading", total=steps + 1)
         yield lambda text: bar.update(task, description=text, advance=1)
