@@ -8,15 +8,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The models of the tests are tiny: threads would only wait for each other, so processes share out the files instead.
 PYTEST := -m pytest -n 2 --dist loadscope
-test test-all test-min models resources check: export OMP_NUM_THREADS ?= 1
+test test-all test-min test-cpp models quality resources check: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-all test-min models resources check fmt types clean
+.PHONY: help demo train quality test test-all test-min test-cpp models resources check fmt types clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  \1|\2/p' Makefile | column -t -s '|'
 
 demo: .venv/.installed  ## compress a small model's cache and show what was kept
 	.venv/bin/kvfx demo
+
+train: .venv/.installed  ## train the demo's model: two cores, about an hour; it goes on where it was cut short
+	cd benchmarks && ../.venv/bin/python -m retriever
 
 test: .venv/.installed  ## run the tests, without those marked slow
 	$(RUN) $(PYTEST)
@@ -27,8 +30,14 @@ test-all: .venv/.installed  ## run all tests
 test-min: .venv-min/.installed  ## run the tests with the oldest supported transformers
 	.venv-min/bin/python -P $(PYTEST)
 
+test-cpp: .venv/.installed  ## build examples/cpp, and compare its tokens with Python's
+	$(RUN) -m pytest -m "" -k c_plus_plus tests/test_package.py
+
 models: .venv/.installed  ## write docs/models.md: what each family of models was found to do
 	KVFX_WRITE_MODELS=1 $(RUN) -m pytest -m "" -k page_of_models tests
+
+quality: .venv/.installed  ## answer what is missing of benchmarks/results/quality.jsonl.gz, and write docs/quality.md
+	.venv/bin/python benchmarks/quality.py
 
 resources: .venv/.installed  ## write benchmarks/results/kernel_resources.csv: what kernels take of each chip
 	KVFX_WRITE_RESOURCES=1 $(RUN) -m pytest -m "" -k of_every_size_compile tests

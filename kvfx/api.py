@@ -12,7 +12,7 @@ from kvfx import hf, trial
 from kvfx.decoder import CompressedDecoder, DecoderRunner
 from kvfx.engine import engine_of
 from kvfx.errors import InputError, PolicyError
-from kvfx.explain import Explanation
+from kvfx.explanation import Explanation
 from kvfx.lower import lower
 from kvfx.model import compressed
 from kvfx.passes.capture import BACKENDS

@@ -1,4 +1,4 @@
-"""The command line: `kvfx demo`, `kvfx explain` and `kvfx policies`."""
+"""The command line: `kvfx demo`, `kvfx explain`, `kvfx policies`, `kvfx export` and `kvfx run`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
 from rich.console import Console
@@ -18,9 +19,11 @@ from rich.table import Table
 
 from kvfx import api, trial
 from kvfx.algebra import Atom
-from kvfx.demo import checkpoint, run
+from kvfx.demo import checkpoint, figure, pictures, run, sweep
 from kvfx.errors import InputError, KvfxError, unknown_name
+from kvfx.exporting import export
 from kvfx.lower import lower
+from kvfx.packaged import load
 from kvfx.policy import Policy, as_policy
 from kvfx.presets import PRESETS
 
@@ -39,8 +42,14 @@ def about() -> None:
 
 @main.command()
 def demo(
-    backend: Annotated[str, typer.Option(help="What runs the graphs: inductor, aot_eager or eager.")] = "inductor",
-    questions: Annotated[int, typer.Option(min=1, help="Questions to ask of the packaged model.")] = 40,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="What runs the graphs: inductor, aot_eager or eager.", show_default="inductor; eager with --all"),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every preset, or --policy, at keeps 1, 0.5, 0.25, 0.1 and 0.05: about 5 minutes.")
+    ] = False,
+    questions: Annotated[int, typer.Option(min=1, help="Questions to ask of the packaged model, of each document.")] = 40,
     model: Folder = None,
     context: File = None,
     question: Annotated[list[str] | None, typer.Option(help="A question on the context; may be repeated.")] = None,
@@ -48,28 +57,46 @@ def demo(
     new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer, with --model.")] = 64,
     device: Annotated[str, typer.Option(help="Where the model runs, with --model.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here, too.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Draw pictures into this folder.", show_default="kvfx-demo with --all")
+    ] = None,
 ) -> None:
     """Compress a cache before the questions are known, and see what is still answered.
 
     Without --model, a small packaged model reads a document of notes. With it, your model reads your text.
     """
     console = Console()
+    out = out or (Path("kvfx-demo") if every else None)
     with _clean_errors():
+        if out is not None:
+            figure.check()
         if model is not None:
             if context is None or not question:
                 raise InputError("--model needs --context FILE and at least one --question TEXT")
+            if every:
+                raise InputError("--all is for the packaged model; with --model, name the policies, --policy compactor:0.25")
             text = context.read_text(encoding="utf-8")
-            policies = policy or ["compactor:0.5"]
             result: Any = checkpoint.compare(
-                model, text, question, policies, backend=backend, new_tokens=new_tokens, device=device, console=console
+                model,
+                text,
+                question,
+                policy or ["compactor:0.5"],
+                backend=backend or "inductor",
+                new_tokens=new_tokens,
+                device=device,
+                console=console,
             )
         elif context or question:
             raise InputError("--context and --question are for your own checkpoint: add --model DIR")
+        elif every:
+            result = sweep.sweep(backend or "eager", questions, names=policy, console=console)
         else:
-            result = run.run(backend, questions, policies=policy or run.POLICIES, console=console)
+            result = run.run(backend or "inductor", questions, policies=policy or run.POLICIES, console=console)
         console.print(result)
         if json_file is not None:
             json_file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
+        for file in () if out is None else pictures.draw(result, out):
+            console.print(f"drawn: {file}", highlight=False, soft_wrap=True)
 
 
 @main.command()
@@ -129,6 +156,55 @@ def policies(name: Annotated[str | None, typer.Argument(help="A preset, to see i
             console.print(rows)
 
 
+@main.command("export")
+def export_package(
+    model_dir: Annotated[Path, typer.Argument(help="Folder of a transformers checkpoint.", exists=True, file_okay=False)],
+    package: Annotated[Path, typer.Argument(help="Folder to make; nothing may stand there.")],
+    policy: Annotated[str, typer.Option(help="What to keep.")] = "compactor:0.5",
+    max_prompt: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens that may follow a prompt, asked or generated.")] = 256,
+    batch: Annotated[int, typer.Option(help="Rows of every call.")] = 1,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights, such as float32 or bfloat16; auto is that of the checkpoint.")
+    ] = "auto",
+) -> None:
+    """Compile a checkpoint with a policy into a package that runs without transformers, and without Python."""
+    console = Console()
+    with _clean_errors():
+        model = _checkpoint(model_dir, dtype)
+        numbers = {"max_prompt": max_prompt, "max_new_tokens": max_new_tokens, "batch": batch}
+        with console.status("Compiling prefill, extend and decode, which takes minutes ..."):
+            export(model, package, policy, tokenizer=model_dir, **numbers)  # type: ignore[arg-type]
+        held = sum(file.stat().st_size for file in package.iterdir())
+        console.print(f"{package}: {type(model).__name__} under {escape(policy)}, {held / 2**20:.1f} MiB")
+
+
+@main.command("run")
+def run_package(
+    package: Annotated[Path, typer.Argument(help="Folder that `kvfx export` made.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - is standard input.")] = "-",
+    new_tokens: Annotated[int | None, typer.Option(help="Most tokens to generate; the default is what there is room for.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; more draws.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many tokens; 0 means all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the fewest tokens that are so likely together.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of what draws.")] = None,
+) -> None:
+    """Continue a text with a package."""
+    with _clean_errors():
+        model = load(package)
+        text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+        ids = torch.tensor([model.tokenizer.encode(text).ids], dtype=torch.long)
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        said, shown = list[int](), ""
+        for token in model.stream(ids, max_new_tokens=new_tokens, **settings):  # type: ignore[arg-type]
+            said.append(int(token))
+            whole = model.tokenizer.decode(said)
+            if not whole.endswith("\ufffd"):  # half of a character
+                typer.echo(whole[len(shown) :], nl=False)
+                shown = whole
+        typer.echo()
+
+
 def _atoms(name: str) -> list[Atom]:
     """The score atoms of a preset, each once."""
     return list(dict.fromkeys(Policy.parse(name).atoms()))
@@ -140,6 +216,14 @@ def _reads(name: str) -> str:
 
 def _cost(name: str) -> str:
     return "; ".join(f"{atom.name}: {atom.row.cost}" for atom in _atoms(name)) or "-"
+
+
+def _checkpoint(folder: Path, dtype: str) -> Any:
+    """The decoder in a folder, in eval mode."""
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a causal decoder from {folder}: {error}") from error
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class Engine:
         def rewrite(module: fx.GraphModule) -> None:
             report = passes.run(module, replace(key.plan, impl=self.impl))
             if key.plan.score is not None:
-                _judge(report, self.name, key.on_refuse)
+                judge(report, self.name, key.on_refuse)
             self.reports.setdefault(key, []).append(report)
             self.whole |= frozenset(report.whole)
             self.counts_columns |= report.counts_columns
@@ -173,7 +173,7 @@ class Engine:
         return rewrite
 
 
-def _judge(report: Report, model: str, on_refuse: str) -> None:
+def judge(report: Report, model: str, on_refuse: str) -> None:
     """Complain about what was left alone."""
     if not report.sites:
         found = ", ".join(f"{n} x {op}" for op, n in sorted(report.leftovers.items())) or "no attention-like op at all"

@@ -131,17 +131,25 @@ def prepare_outputs(model: transformers.PreTrainedModel) -> None:
             output_capturing.maybe_install_capturing_hooks(module)
 
 
+def text_limit(model: transformers.PreTrainedModel) -> int | None:
+    """Tokens of the longest text that the model was made for, if its configuration says."""
+    config = model.config.get_text_config(decoder=True)
+    lengths = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "seq_length"))
+    return next((length for length in lengths if isinstance(length, int)), None)
+
+
 def longest_text(model: transformers.PreTrainedModel) -> int:
     """Tokens of the longest text that the model was made for.
 
     Raises:
         InputError: its configuration does not say.
     """
-    config = model.config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(config, name, None), int):
-            return length
-    raise InputError(f"the configuration of {type(model).__name__} does not say how long a text may be: give StaticCache tokens=")
+    length = text_limit(model)
+    if length is None:
+        raise InputError(
+            f"the configuration of {type(model).__name__} does not say how long a text may be: give StaticCache tokens="
+        )
+    return length
 
 
 def one_token(model: transformers.PreTrainedModel) -> list[tuple[Tensor, Tensor]]:

@@ -119,8 +119,6 @@ def refill(cache: StaticCache, dense: Cache, new: int, limit: int) -> None:
     windows = [layer.window for layer in dense.layers]
     more = [0 if window else layer.slots - held for layer, held, window in zip(dense.layers, before, windows, strict=True)]
     cache.check_room(new, more, limit)
-    if not cache.layers:  # which check_room then takes for one layer without a window
-        cache.check_room(new, [max(more)], limit)
     seen, cache.tokens = cache.lengths_seen, cache.tokens or limit
     cache.reset()
     fill_static(cache, dense)

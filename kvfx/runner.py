@@ -20,7 +20,7 @@ from kvfx.cache_step import check_finite, note, push_empty_left, took
 from kvfx.engine import STORE_ALL, Engine
 from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import Owner, check_owner
-from kvfx.passes.cache_write import size_of, slots_of
+from kvfx.passes.cache_write import size_of
 from kvfx.passes.capture import CompileError, mark_dynamic
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import LayersFail, Stranded, Unscored
@@ -167,11 +167,11 @@ class Runner:
             room.give_back()
             self.engine.whole |= frozenset(unscored.layers)
             if phase != "prefill":
-                raise _refused(self.engine.name, unscored) from unscored
+                raise refused(self.engine.name, unscored) from unscored
             return self._ragged(phase, plan, cache, windows, block, budget, inputs)
         except Stranded as stranded:
             room.give_back()
-            raise _refused(self.engine.name, stranded) from stranded
+            raise refused(self.engine.name, stranded) from stranded
         except BaseException:
             room.give_back()
             raise
@@ -180,25 +180,28 @@ class Runner:
 
     def _static(self, phase: str, plan: Plan, cache: Any, windows: Any, block: Block, budget: Quota, inputs: Inputs) -> Any:
         """A step in place: all that can fail is checked before, and what is written is undone if it fails all the same."""
-        written = [block.length] if budget.sizes is None else [slots_of(size) for size in budget.sizes]
+        room, filled = budget.of_layers(windows, self.engine.whole, block)
         limit = hf.longest_text(self.base) if cache.tokens is None else cache.tokens
         if self._layers_compete(plan):  # all is stored first, for which there may be no room
             dense = cache.to_dense()
             out = self._dense(phase, plan, dense, windows, block, budget, inputs)
             layers_step.refill(cache, dense, block.length, limit)
             return out
-        cache.check_room(block.length, written, limit)
+        cache.check_room(block.length, room, limit)
         if not cache.layers:
             cache.allocate(self.engine.slots_like(self.base), windows, block.batch, limit)
         before = None if phase == "decode" else cache.snapshot()
         try:
             out = self._run_static(phase, plan, cache, budget, inputs)
             self._check_after(phase, plan, cache, block)
-        except BaseException:
+        except BaseException as error:
             cache.forget_new() if before is None else cache.restore(before)
-            raise
-        for index, layer in enumerate(cache.layers):
-            layer.account(block.length, budget.most[min(index, len(budget.most) - 1)])
+            if not isinstance(error, Unscored):
+                raise
+            self.engine.whole |= frozenset(error.layers)
+            return self._static(phase, plan, cache, windows, block, budget, inputs)
+        for layer, count in zip(cache.layers, filled, strict=True):
+            layer.account(block.length, count)
         note(cache, inputs[1].get("input_ids"), block.valid, block.length, budget.whole and not any(windows))
         if phase != "decode":
             cache.compare_rows()
@@ -209,13 +212,14 @@ class Runner:
         longest = size_of(cache.tokens, cache.lengths_seen.device)
         mark_dynamic(longest, 0)
         shows_padding = cache._real is not None or not self.takes_positions or self.engine.counts_tokens
-        slots = StaticSlots(cache.layers, budget.sizes, budget.counts, longest, phase != "prefill", shows_padding)
+        lengths = (budget.sizes, budget.counts, longest)
+        slots = StaticSlots(cache.layers, plan, *lengths, phase != "prefill", shows_padding, self.engine.whole)
         try:
             return self.engine.run(
                 self.base, phase, plan, self.on_refuse, slots, cache.lengths_seen, *inputs, self.takes_positions
             )[0]
         except Stranded as stranded:
-            raise _refused(self.engine.name, stranded) from stranded
+            raise refused(self.engine.name, stranded) from stranded
         except (CompileError, RuntimeError) as error:
             if phase == "prefill" or self.engine.has_run(phase, "static"):
                 raise
@@ -276,11 +280,12 @@ class Runner:
             except Stranded as stranded:
                 evicted = [layer for layer in stranded.layers if work.layers[layer].evicted]
                 if evicted or not stranded.layers.keys() - self.engine.whole:
-                    raise _refused(self.engine.name, stranded) from stranded
+                    raise refused(self.engine.name, stranded) from stranded
                 self.engine.whole |= frozenset(stranded.layers)
 
 
-def _refused(name: str, stranded: LayersFail) -> SiteRefused:
+def refused(name: str, stranded: LayersFail) -> SiteRefused:
+    """Why what follows a layer that evicted cannot be computed."""
     return SiteRefused(
         f"slots were evicted from the cache of {name}, or have fixed places in it, but what reads the cache is not understood, so "
         f"that the next tokens cannot be computed:\n  {stranded}\nCompress with another policy, or with none, into a kvfx.Cache."

@@ -58,7 +58,7 @@ PREFILL_PROGRAM: tuple[Pass, ...] = (
 OTHER_PROGRAM: tuple[Pass, ...] = (find_attention, name_caches, lower)
 
 
-def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: bool = False) -> Report:
+def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: bool = False, marked: bool = False) -> Report:
     """Rewrite `module` in place as `plan` says.
 
     An exported program that is run with a score is a prefill: a forward without a past, of rows without padding, whose positions
@@ -66,11 +66,14 @@ def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: boo
     of it; results keep their number, order and axes. A plan without a score only lowers attention, which is what a decode step
     needs. What comes out is an ordinary program, and `report.narrowed` says where it takes fewer lengths than it did.
 
+    A program that was traced with a cache of kvfx is rewritten as any graph: markers in it say what is stored, and how much of it.
+
     Args:
-        module: a graph of pre-dispatch ATen, see `capture.to_aten`; or an exported program, decomposed by `run_decompositions({})`.
-            It is left as it was if a pass raises.
+        module: a graph of pre-dispatch ATen, see `capture.to_aten`; or an exported program, decomposed by `run_decompositions({})`
+            unless it is marked. It is left as it was if a pass raises.
         plan: what to score and protect.
         check_each: verify after every pass, not only at the end.
+        marked: whether an exported program was traced with a cache of kvfx.
 
     Returns:
         What was found, done and refused.
@@ -80,21 +83,22 @@ def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: boo
     """
     if isinstance(module, ExportedProgram):
         try:
-            return _run_exported(module, plan, check_each)
+            return _run_exported(module, plan, check_each, marked)
         except capture.NeedsSizes:
-            return _run_exported(module, plan, check_each, ask_small=True)
+            return _run_exported(module, plan, check_each, marked, ask_small=True)
     report = Report()
     _apply(PIPELINE, module, plan, report, check_each)
     return report
 
 
-def _run_exported(program: ExportedProgram, plan: Plan, check_each: bool, ask_small: bool = False) -> Report:
-    if plan.score is not None and plan.keep is None:
+def _run_exported(program: ExportedProgram, plan: Plan, check_each: bool, marked: bool, ask_small: bool = False) -> Report:
+    passes = PIPELINE if marked else OTHER_PROGRAM if plan.score is None else PREFILL_PROGRAM
+    if passes is PREFILL_PROGRAM and plan.keep is None:
         raise ValueError("a plan for an exported prefill says how much is kept: Plan(..., keep=Keep(1, 2)); this one does not")
     report = Report()
     with capture.editing(program, ask_small) as narrowed:
-        copied = open_program(program)
-        _apply(PREFILL_PROGRAM if plan.score is not None else OTHER_PROGRAM, copied, plan, report, check_each)
+        copied = open_program(program, functional=not marked)
+        _apply(passes, copied, plan, report, check_each)
         if not ask_small:
             capture.check_sizes(copied, program.graph_module)
         commit(program, copied)

@@ -7,6 +7,7 @@ ATen calls with `meta["val"]`, where `aten.linear` and `aten.scaled_dot_product_
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -72,6 +73,10 @@ BACKENDS: dict[str, Callable[..., Any]] = {
 }
 
 
+# A step has few graphs, but one row or several, a window that is full or not, a single slot: such differences multiply.
+_VARIANTS = {"recompile_limit": 32} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+
+
 def compile_with(function: Callable[..., Any], rewrite: Rewrite, backend: str) -> Compiled:
     """Compile `function` as one graph, rewritten by `rewrite` before `backend` sees it.
 
@@ -87,7 +92,7 @@ def compile_with(function: Callable[..., Any], rewrite: Rewrite, backend: str) -
     code = function.__code__.replace(co_name=f"{function.__name__}_{id(capture_and_compile):x}")
     own = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, backend=capture_and_compile, fullgraph=True)
+    return torch.compile(own, backend=capture_and_compile, fullgraph=True, **_VARIANTS)
 
 
 def to_aten(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -197,6 +202,24 @@ def editing(program: ExportedProgram, ask_small: bool = False) -> Iterator[list[
         if now != before:
             program.range_constraints[symbol] = now
             narrowed.append(f"{symbol} in {now}, before in {before}")
+
+
+def untrue(program: ExportedProgram, lengths: range) -> list[str]:
+    """The conditions on lengths that tracing or compiling took for granted and that do not hold for all of `lengths`.
+
+    AOTInductor checks no condition when it runs. Those on one symbol are tried on every length, as far as there are `SMALL` of them
+    at both ends, and at every power of two between, one more and one less.
+    """
+    shapes, false = _get_shape_env_from_gm(program.graph_module), list[str]()
+    near = {2**power + more for power in range(40) for more in (-1, 0, 1)}
+    tried = sorted({*lengths[:SMALL], *lengths[-SMALL:], *(size for size in near if size in lengths)})
+    for guard in () if shapes is None else shapes.guards:
+        condition = shapes.replace(guard.expr)
+        (symbol, *others) = condition.free_symbols or (None,)
+        bad = [size for size in tried if symbol is not None and condition.subs(symbol, size) == False]  # noqa: E712 - of sympy
+        if others or bad:
+            false.append(f"{condition}, which " + (f"does not hold of {bad[0]}" if bad else "is of more than one length"))
+    return false
 
 
 def check_sizes(module: fx.GraphModule, given: fx.GraphModule) -> None:

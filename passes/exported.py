@@ -45,13 +45,17 @@ class Result(NamedTuple):
     outer: Order = ()
 
 
-def open_program(program: ExportedProgram) -> fx.GraphModule:
+def open_program(program: ExportedProgram, functional: bool = True) -> fx.GraphModule:
     """A copy of the program's graph, whose nodes say what they are to the program.
 
+    Args:
+        program: of pre-dispatch ATen.
+        functional: whether its ops must not write in place.
+
     Raises:
-        ValueError: the program is not of functional, pre-dispatch ATen.
+        ValueError: the program is not functional.
     """
-    if program.dialect != "ATEN":
+    if functional and program.dialect != "ATEN":
         raise ValueError(
             f"this program is as torch.export.export made it (dialect {program.dialect}), with ops that write in place; the passes "
             "read functional ATen. Run them on program.run_decompositions({}), whose empty table leaves attention whole."

@@ -69,7 +69,7 @@ def _why_not(row: KernelOp, node: fx.Node, impl: str) -> str | None:
 
 def _summary(site: Site, lowered: dict[str, str]) -> str:
     """What runs the ops of a site."""
-    ops = [*site.score.split(), *(op for op in ("select", "select_heads", "compact", "pack") if op in lowered)]
+    ops = [*site.score.split(), *(op for op in ("select", "select_heads", "compact", "compact_into", "pack") if op in lowered)]
     plain = [op for op in ops if lowered.get(op) != "triton"]
     if not site.score or len(plain) == len(ops):
         return "reference"

@@ -100,22 +100,30 @@ class Keep:
     last: int = 0
     layers: int = 1
 
-    def slots(self, length: int | torch.SymInt, layer: int) -> Any:
-        """Slots that `layer` keeps of `length` tokens, without a branch on the length: `length` may be a symbol."""
+    def slots(self, length: int | torch.SymInt | Tensor, layer: int) -> Any:
+        """Slots that `layer` keeps of `length` tokens, without a branch on it: a symbol, or the lengths of rows, int64."""
         wanted = self.tokens or length * self.numerator // self.denominator
-        flat = torch.sym_min(length, torch.sym_max(wanted, max(1, self.least)))
+        flat = _at_most(length, _at_least(wanted, max(1, self.least)))
         if not self.pyramid:
             return flat
         # As kvfx.budget.Budget.counts, in integers: all in units of 1 / pyramid.
-        protected = torch.sym_min(self.least, flat)
+        protected = _at_most(flat, self.least)
         mean, room = flat - protected, length - protected
-        steepest = torch.sym_max(mean, self.pyramid * (2 * mean - room))
-        last = torch.sym_max(steepest, self.pyramid * (max(self.last, 2) - protected))
-        spread = 2 * torch.sym_max(self.pyramid * mean - last, 0)
+        steepest = _at_least(mean, self.pyramid * (2 * mean - room))
+        last = _at_least(steepest, self.pyramid * (max(self.last, 2) - protected))
+        spread = 2 * _at_least(self.pyramid * mean - last, 0)
         mirrored = self.layers - 1 - layer
         steps = abs(mirrored - layer)
         free = spread * steps // (2 * max(self.layers - 1, 1) * self.pyramid)
         return flat + free if layer < mirrored else flat - free
+
+
+def _at_least(number: Any, bound: Any) -> Any:
+    return number.clamp(min=bound) if isinstance(number, Tensor) else torch.sym_max(number, bound)
+
+
+def _at_most(number: Any, bound: Any) -> Any:
+    return number.clamp(max=bound) if isinstance(number, Tensor) else torch.sym_min(number, bound)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What every test stands on: no network, one thread, one seed, and no compiled graphs left by other modules."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; models of tests are made, never fetched
@@ -8,10 +9,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import examples
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: kernels run on tensors of the CPU
 
 torch.set_num_threads(1)  # the models are tiny; threads only wait for each other
+gc.set_threshold(50_000, 20, 100)  # tracing makes very many objects that live on: looking for garbage took a tenth of the time
+
+
+def pytest_configure(config):
+    """Draw all examples of each property where no test is left out."""
+    examples.all_of_them = not config.option.markexpr
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import pytest
 import transformers
 from typer.testing import CliRunner
 
+import kvfx as kvfx_package
 from kvfx.cli import main
 from kvfx.demo import notes
 from kvfx.presets import PRESETS
@@ -142,3 +143,26 @@ def test_presets_are_listed_and_shown():
     assert "leverage" in shown.output
     assert kvfx("policies", "none").exit_code == 0
     assert kvfx("policies", "compacter").exit_code == 1
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_a_checkpoint_is_exported_and_the_package_continues_a_text(folder, tmp_path):
+    numbers = ("--max-prompt", 32, "--max-new-tokens", 8, "--dtype", "float32")
+    result = kvfx("export", folder, tmp_path / "package", "--policy", "knorm:0.5", *numbers)
+    assert result.exit_code == 0, result.output
+    assert "LlamaForCausalLM under knorm:0.5" in " ".join(result.output.split())
+    text = " ".join(notes.write(128, 4, kinds=("ask",)).text.split()[:20])
+    result = kvfx("run", tmp_path / "package", "--prompt", text, "--new-tokens", 6)
+    assert result.exit_code == 0, result.output
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    compiled = kvfx_package.compile(model.float().eval(), "knorm:0.5", backend="eager")
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    expected = tokenizer.decode(compiled.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
+    assert result.output.strip() == expected.strip()
+
+
+def test_what_is_no_package_is_refused_without_a_traceback(tmp_path):
+    result = kvfx("run", tmp_path, "--prompt", "a")
+    assert result.exit_code == 1
+    assert "ArtifactError: cannot read the package" in " ".join(result.output.split())

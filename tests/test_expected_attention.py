@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import kvfx
 import reference
+from examples import examples
 from forms import forms
 from graphs import computed, readable, traced_step
 from kvfx.kernels import OPS, Dims
@@ -61,7 +62,7 @@ options = st.tuples(st.sampled_from([0, 2, 4]), st.booleans(), st.sampled_from([
 
 @forms("expected_attention")
 @given(cases(), st.booleans(), st.booleans(), options)
-@settings(many, max_examples=25)
+@settings(many, max_examples=examples(25))
 def test_the_score_matches_its_definition_row_by_row(op, case, turned, weighted, options):
     B, H, G, S, D = case.dims
     query, key, value = case.draw((B, H * G, S, D), (B, H, S, D), (B, H, S, D + 1))

@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 import kvfx
 import reference
 import zoo
-from kvfx.explain import Explanation
+from kvfx.explanation import Explanation
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.report import Refusal, Report, Site
 from test_equivalence import decoder

@@ -9,6 +9,7 @@ import torch
 
 import kvfx
 from kvfx.engine import engine_of
+from kvfx.passes import capture
 from kvfx.presets import PRESETS
 from test_equivalence import decoder
 
@@ -111,3 +112,12 @@ def test_inductor_keeps_what_the_eager_backend_keeps(model):
         assert torch.equal(ours.positions, theirs.positions)
         torch.testing.assert_close(ours.keys, theirs.keys)
     torch.testing.assert_close(logits["inductor"], logits["eager"])
+
+
+def test_a_step_may_have_more_variants_than_dynamo_allows_by_itself():
+    """Rows, windows that are full or not, and single slots each make a difference, and differences multiply."""
+    built = []
+    step = capture.compile_with(lambda x, name: x + len(name), lambda graph: built.append(graph), "eager")
+    for length in range(12):
+        assert step(torch.ones(1), "n" * length) == 1 + length
+    assert len(built) == 12

@@ -154,7 +154,7 @@ def test_heads_compete_as_their_presets_are_defined_to(preset, lengths):
 
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("preset", HEADS_PRESSES)
-@pytest.mark.parametrize("length", [65, 200, 333])
+@pytest.mark.parametrize("length", [pytest.param(65, marks=pytest.mark.slow), 200, pytest.param(333, marks=pytest.mark.slow)])
 def test_heads_compete_as_in_kvpress(preset, keep, length):
     ids, _, taps = captured(length, model=LLAMA)
     cache, count = compress(f"{preset}:{keep}", ids, model=LLAMA), int(length * KEEP[keep])

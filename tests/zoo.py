@@ -72,23 +72,23 @@ ROWS = {
     "llama": Row("Llama", {**SIZES, **TWO}, ("full", "full"), roped=PLAIN),
     "llama, eager": Row("Llama", {**SIZES, **TWO}, ("full", "full"), roped=PLAIN, attention="eager"),
     "mistral": Row("Mistral", {**SIZES, "sliding_window": None}, slow=True),
-    "mistral, window": Row("Mistral", {**SIZES, "sliding_window": WINDOW}, ("window",)),
+    "mistral, window": Row("Mistral", {**SIZES, "sliding_window": WINDOW}, ("window",), slow=True),
     "mixtral": Row("Mixtral", {**SIZES, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}, slow=True),
     "qwen2": Row("Qwen2", SIZES, slow=True),
     "qwen3": Row("Qwen3", {**SIZES, "head_dim": 16}),
     "qwen3, eager": Row("Qwen3", {**SIZES, "head_dim": 16}, attention="eager", slow=True),
-    "qwen3-moe": Row("Qwen3Moe", {**SIZES, "head_dim": 16, **EXPERTS}),
+    "qwen3-moe": Row("Qwen3Moe", {**SIZES, "head_dim": 16, **EXPERTS}, slow=True),
     "olmo2": Row("Olmo2", SIZES, slow=True),
-    "olmo3": Row("Olmo3", {**SIZES, **WINDOWED}, ALTERNATING, roped=PLAIN),
+    "olmo3": Row("Olmo3", {**SIZES, **WINDOWED}, ALTERNATING, roped=PLAIN, slow=True),
     "olmoe": Row("Olmoe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}, slow=True),
     "gemma2": Row(
         "Gemma2", {**SIZES, **WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 24}, ALTERNATING, roped=PLAIN, attention="eager"
     ),
     "gemma3": Row("Gemma3Text", {**SIZES, **WINDOWED, "head_dim": 16}, ALTERNATING, roped=PLAIN, head="Gemma3ForCausalLM"),
-    "phi3": Row("Phi3", {**SIZES, "partial_rotary_factor": 0.5}),
+    "phi3": Row("Phi3", {**SIZES, "partial_rotary_factor": 0.5}, slow=True),
     "cohere": Row("Cohere", {**SIZES, "use_qk_norm": True}),
-    "cohere2": Row("Cohere2", {**SIZES, **WINDOWED}, ALTERNATING, roped=(True, False)),
-    "glm4": Row("Glm4", {**SIZES, "head_dim": 16, "partial_rotary_factor": 0.5}),
+    "cohere2": Row("Cohere2", {**SIZES, **WINDOWED}, ALTERNATING, roped=(True, False), slow=True),
+    "glm4": Row("Glm4", {**SIZES, "head_dim": 16, "partial_rotary_factor": 0.5}, slow=True),
     "granite": Row(
         "Granite", {**SIZES, "attention_multiplier": 0.2, "residual_multiplier": 0.7, "embedding_multiplier": 3.0}, slow=True
     ),
@@ -108,9 +108,9 @@ ROWS = {
     "bloom": Row("Bloom", {**OLD, "hidden_size": 64, "n_layer": 1, "n_head": 4}, kv_heads=4, roped=(False,), attention="eager"),
     "mpt": Row(
         "Mpt", {**OLD, "d_model": 64, "n_layers": 1, "n_heads": 4, "max_seq_len": 512}, kv_heads=4, roped=(False,),
-        attention="eager",
+        attention="eager", slow=True,
     ),
-    "falcon": Row("Falcon", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}, kv_heads=4),
+    "falcon": Row("Falcon", {**SIZES, "num_kv_heads": 2, "new_decoder_architecture": True}, kv_heads=4, slow=True),
     "falcon, alibi": Row("Falcon", ALIBI, kv_heads=1, roped=(False,)),
     "falcon, alibi, eager": Row("Falcon", ALIBI, kv_heads=1, roped=(False,), attention="eager", slow=True),
     "gpt-oss": Row(

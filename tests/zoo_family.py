@@ -16,7 +16,7 @@ import reference
 import zoo
 import zoo_reference
 from graphs import computed
-from kvfx.explain import Explanation
+from kvfx.explanation import Explanation
 from kvfx.kernels.leverage import draw_sketch
 from kvfx.passes.attach_cache import attach_cache
 from kvfx.passes.find_attention import find_attention
