@@ -14,10 +14,10 @@ from ragged_problem import LAYERS, Problem, after, seen
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from kvfx.block_pool import BLOCK, BlockPool
 from kvfx.extents import Extents
 from kvfx.kernels.attention import attention
 from kvfx.kernels.ragged_attention import ragged_attention
-from kvfx.pool import BLOCK, Pool
 from kvfx.work_list import chunk_of
 
 FLEX_BLOCK = 128  # smaller ones took longer; the query's block must be 1
@@ -152,7 +152,7 @@ def in_pool(problem: Problem, lengths: np.ndarray, fragmented: bool) -> Form:
         tuple(state.gather(2, last[layer].expand(-1, -1, 1, problem.shape.dim)) for state in (key, value))
         for layer, (key, value) in enumerate(zip(problem.keys, problem.values, strict=True))
     ]
-    pool = Pool(problem.keys[0], problem.values[0])
+    pool = BlockPool(problem.keys[0], problem.values[0])
     extents = Extents(pool, *lengths.shape)
     extents.fill(lengths - 1)
     if fragmented:

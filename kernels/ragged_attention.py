@@ -191,6 +191,12 @@ class _Logits:
 
 def _attend(query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, shift, scale, softcap, sinks):
     """The same for several queries: extents are gathered and padded, and are keys and values like others."""
+    keys, values, mask = gathered(query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, shift)
+    return attention(query, keys, values, mask, 0.0, False, scale, softcap, sinks)
+
+
+def gathered(query, key, value, mask, pool_keys, pool_values, pool_positions, table, lengths, shift):
+    """Keys [B, Hkv, T + S, D], values and mask of what is held, T = m * P, and of S new tokens; see `ragged_attention`."""
     (B, Hq, S, _), Hkv = query.shape, key.shape[1]
     block = table.long()
     columns = pool_positions[block].flatten(2) + shift[:, None, None]  # [B, Hkv, T]
@@ -199,8 +205,7 @@ def _attend(query, key, value, mask, pool_keys, pool_values, pool_positions, tab
     key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
     if mask is None:
         seen = there[:, :, None].expand(-1, -1, S, -1)
-        mask = torch.cat([seen, seen.new_ones(B, Hkv, S, S)], 3)
-        return attention(query, key, value, mask, 0.0, False, scale, softcap, sinks)
+        return key, value, torch.cat([seen, seen.new_ones(B, Hkv, S, S)], 3)
     if isinstance(mask.shape[3], int) and mask.shape[3] == 1:
         held, behind = mask.expand(-1, -1, -1, columns.shape[2]), mask.expand(-1, -1, -1, S)
         held = held.expand(B, -1, -1, -1)
@@ -214,8 +219,7 @@ def _attend(query, key, value, mask, pool_keys, pool_values, pool_positions, tab
         there = there.repeat_interleave(Hq // Hkv, 1)
     there = there[:, :, None]
     held = held & there if mask.dtype == torch.bool else held.masked_fill(~there, -torch.inf)
-    mask = torch.cat([held, behind.expand(B, held.shape[1], -1, -1)], 3)
-    return attention(query, key, value, mask, 0.0, False, scale, softcap, sinks)
+    return key, value, torch.cat([held, behind.expand(B, held.shape[1], -1, -1)], 3)
 
 
 def _inputs(dims, dtype, device, seed):

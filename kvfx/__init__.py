@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvfx.exporting import export
     from kvfx.packaged import load
     from kvfx.policy import Policy
+    from kvfx.pool import Pool
     from kvfx.ragged_cache import RaggedCache
     from kvfx.static_cache import StaticCache
 
@@ -40,6 +41,7 @@ __all__ = [
     "KvfxError",
     "Policy",
     "PolicyError",
+    "Pool",
     "PoolExhausted",
     "RaggedCache",
     "SiteRefused",
@@ -56,6 +58,7 @@ __all__ = [
 _HOME = {
     "Cache": "cache",
     "Policy": "policy",
+    "Pool": "pool",
     "RaggedCache": "ragged_cache",
     "StaticCache": "static_cache",
     "compile": "api",

@@ -18,6 +18,7 @@ from kvfx.model import compressed
 from kvfx.passes.capture import BACKENDS
 from kvfx.passes.lower import IMPLS
 from kvfx.policy import Policy, as_policy
+from kvfx.pool import Pool
 
 
 def compile(
@@ -28,6 +29,7 @@ def compile(
     sketch: Sequence[Tensor] | None = None,
     on_refuse: str = "warn",
     impl: str = "auto",
+    pool: Pool | None = None,
 ) -> Any:
     """Return a model whose KV caches keep only what `policy` chooses.
 
@@ -42,6 +44,8 @@ def compile(
         impl: what scores and moves: "auto" takes Triton kernels on CUDA, and compiled references elsewhere and where a kernel does
             not take a shape, which `explain` shows; "reference" takes no kernel; with "triton" the first call raises
             `KernelUnavailable` if one cannot run.
+        pool: memory that all caches that the model makes share, in blocks, with those of other models compiled from the same
+            one; by default each has its own.
 
     Returns:
         A model of the same class with `compress`, and `generate` on compressed caches; for a module that is not of transformers,
@@ -62,12 +66,14 @@ def compile(
     base = hf.unwrap(model)
     engine = engine_of(base, backend, impl)
     if not hf.is_transformers(base):
+        if pool is not None:
+            raise InputError("a pool holds caches in blocks, which only transformers decoders read; leave pool out")
         if sketch is not None:
             raise PolicyError("sketches are taken for transformers decoders only; leave sketch out, and they are drawn")
         return CompressedDecoder(base, chosen, lower(chosen), engine, on_refuse)
     sketches = None if sketch is None else _check_sketch(base, chosen, sketch)
     plan = lower(chosen, sketches)
-    return compressed(base, chosen, plan, engine, on_refuse)
+    return compressed(base, chosen, plan, engine, on_refuse, pool)
 
 
 def _check_sketch(model: Any, policy: Policy, sketch: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -15,9 +15,11 @@ PER = OneOf({"row": None, "chunk": Int(2)})
 SHAPE = OneOf({"flat": None, "pyramid": Int(1)})
 # What stands in the parentheses of a pool, and the attribute it sets.
 ARGUMENTS = {"keep": "keep", "tokens": "tokens", "round": "rounding", "per": "per", "shape": "shape"}
-ARGUMENTS |= {"min": "least", "floor": "floor", "max": "most"}
+ARGUMENTS |= {"min": "least", "floor": "floor", "max": "most", "rate": "rate"}
+AMOUNTS = ("keep", "tokens", "rate")  # exactly one of them
 # Who shares a budget out among themselves, and which arguments beside the amount mean something then.
 POOLS = {"uniform": ("round", "per", "shape", "min"), "heads": ("round", "floor", "min"), "layers": ("floor", "min", "max")}
+POOLS |= {"blocks": ()}
 WORDS, NONE = ("per", "shape", "max"), Word("none")
 LEAST = 2  # slots that a layer among layers keeps in any case: a graph for one slot, or none, would be another
 
@@ -35,7 +37,7 @@ class Budget:
         least: the budget's `min` in the language: what the last layer of a pyramid keeps at least, or what each that competes
             keeps unless the count is less. Among layers 0 stands for 2.
         pool: who competes: nobody under `uniform`; the KV heads of a layer for its slots under `heads`; under `layers` the layers,
-            all heads of a layer keeping equally many.
+            all heads of a layer keeping equally many; under `blocks` all heads of all layers, for whole blocks of slots.
         floor: the share of the count that each that competes keeps in any case.
         most: slots that no layer goes beyond, `max` in the language; None means any number.
     """
@@ -105,8 +107,8 @@ class Budget:
         for name, value, default in self._beside():
             if value != default and name not in takes:
                 raise PolicyError(
-                    f"{name}={_written(value)} means nothing in {self.pool}(...), which takes {', '.join(takes)} beside the "
-                    f"amount. Leave it out; behind a preset that says it, write {name}={_written(default)}."
+                    f"{name}={_written(value)} means nothing in {self.pool}(...), which takes {', '.join(takes) or 'nothing'} "
+                    f"beside the amount. Leave it out; behind a preset that says it, write {name}={_written(default)}."
                 )
 
     @property
@@ -184,7 +186,7 @@ class Budget:
     @classmethod
     def from_dict(cls, pool: str, data: Mapping[str, Any]) -> Budget:
         """Read what stands under the name of a pool."""
-        given = bind(pool, ARGUMENTS, _items(pool, data))
+        given = read_rate(pool, bind(pool, ARGUMENTS, _items(pool, data)))
         return cls(pool=pool, **{ARGUMENTS[name]: word(value) if name in WORDS else value for name, value in given.items()})
 
     def __str__(self) -> str:
@@ -217,6 +219,19 @@ class Protect:
 
     def __str__(self) -> str:
         return f"protect(sinks={self.sinks}, recent={self.recent})"
+
+
+def read_rate(pool: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read `rate=8`, by how much a cache is to shrink, as the fraction kept, 1/8."""
+    given = dict(given)
+    if "rate" in given:
+        rate = exact("rate", given.pop("rate"), "[1, 10^9]")
+        if not rate >= 1:
+            raise PolicyError(f"{pool}(rate={write_number(rate)}) would grow the cache: rate=8 keeps an eighth. Write 1 or more.")
+        if "keep" in given or "tokens" in given:
+            raise PolicyError(f"{pool}: rate={write_number(rate)} is an amount, and another is given. Give one.")
+        given["keep"] = 1 / rate
+    return given
 
 
 def _written(value: Any) -> str:

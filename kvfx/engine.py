@@ -199,6 +199,14 @@ def judge(report: Report, model: str, on_refuse: str) -> None:
     warnings.warn(text, stacklevel=2)
 
 
+def refused(name: str, stranded: LayersFail) -> SiteRefused:
+    """Why what follows a layer that evicted cannot be computed."""
+    return SiteRefused(
+        f"slots were evicted from the cache of {name}, or have fixed places in it, but what reads the cache is not understood, so "
+        f"that the next tokens cannot be computed:\n  {stranded}\nCompress with another policy, or with none, into a kvfx.Cache."
+    )
+
+
 def _unwrap(error: BaseException, model: str) -> BaseException:
     """The error of ours inside one of Dynamo's, or what Dynamo could not trace."""
     inner: BaseException | None = error

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 import kvfx
 from kvfx import hf, package, passes
-from kvfx.engine import STORE_ALL, engine_of, judge
+from kvfx.engine import STORE_ALL, engine_of, judge, refused
 from kvfx.entry_point import EntryPoint
 from kvfx.errors import InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import fingerprint
@@ -27,7 +27,6 @@ from kvfx.passes.plan import Keep, Plan
 from kvfx.passes.report import Stranded, Unscored
 from kvfx.policy import Policy, as_policy
 from kvfx.quota import slots_of_prompt
-from kvfx.runner import refused
 from kvfx.static_cache import StaticCache
 
 SHORTEST = 2  # tokens of a prefill or a block behind it; graphs for one are others, and a decode step serves it

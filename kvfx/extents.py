@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvfx.block_pool import NOBODY, BlockPool
+from kvfx.metric import Metric
 from kvfx.passes.capture import mark_dynamic
-from kvfx.pool import NOBODY, Pool
 from kvfx.work_list import WorkList, chunk_of, work_list
 
 
@@ -27,14 +28,16 @@ class Extents:
         ready: tokens of each row for which all that `make_room` does is done, `[B]`. A fork does not end that: whoever had room
             first writes on behind what the others hold of a block, and they part from it when they grow.
         table: these blocks in order, `[L, B, Hkv, m]` int32; behind them `pool.NOBODY`.
+        metric: what attention each slot has received, where a policy goes by that; or None.
     """
 
-    def __init__(self, pool: Pool, layers: int, rows: int, heads: int) -> None:
+    def __init__(self, pool: BlockPool, layers: int, rows: int, heads: int) -> None:
         self.pool = pool
         self.lengths: np.ndarray = np.zeros((layers, rows, heads), dtype=np.int64)
         self.owned: np.ndarray = np.zeros_like(self.lengths)
         self.ready: np.ndarray = np.zeros(rows, dtype=np.int64)
         self.table: np.ndarray = np.zeros((layers, rows, heads, 2), dtype=np.int32)
+        self.metric: Metric | None = None
         self._device: tuple[Tensor, Tensor] | None = None
         self._work: WorkList | None = None
 
@@ -62,7 +65,7 @@ class Extents:
 
     def tensors(self) -> list[Tensor]:
         """What is held on the device beside the pool."""
-        return [self.device_lengths, self.device_table, *self.work]
+        return [self.device_lengths, self.device_table, *self.work, *([self.metric.received] if self.metric else [])]
 
     # -- room for what comes ---------------------------------------------------------------------------------------------------
 
@@ -117,6 +120,33 @@ class Extents:
         self._own(wanted, reserved[used])
         self.pool.release(reserved[~used])
         self.lengths = self.lengths + new
+
+    def claim(self, new: np.ndarray) -> None:
+        """Own blocks for `new` more slots of each extent, `[L, B, Hkv]`, which are still to be written.
+
+        Raises:
+            PoolExhausted: there are not so many. Nothing has changed.
+        """
+        self.undo()
+        wanted = self._needed(self.lengths + new)
+        self._own(wanted, self._take(int((wanted - self.owned).sum()), self._shared_tails(new > 0)))
+
+    def written(self, new: np.ndarray) -> None:
+        """Note that `new` more slots of each extent, `[L, B, Hkv]`, have been written to blocks that it owns."""
+        self.lengths = self.lengths + new
+        self._changed()
+
+    def part(self, where: tuple[np.ndarray, ...]) -> None:
+        """Own a copy of each block at `where`, indices into `table`, in place of one that others hold too.
+
+        Raises:
+            PoolExhausted: there is no room for the copies. Nothing has changed.
+        """
+        self._take(0, where)
+
+    def shared(self) -> np.ndarray:
+        """Which blocks others hold too, as `table`."""
+        return self._first(self.owned) & (self.pool.owners(self.table) > 1)
 
     def grow(self, new: Sequence[int]) -> None:
         """Note that a graph has filled `new[b]` more slots in all extents of row b, and counted them."""
@@ -182,6 +212,8 @@ class Extents:
         before = self.blocks
         self.lengths, self.owned = (np.ascontiguousarray(held[:, list(index)]) for held in (self.lengths, self.owned))
         self.table = np.ascontiguousarray(self.table[:, list(index)])
+        if self.metric is not None:
+            self.metric = self.metric.rows(index, self.lengths)
         self.ready = np.zeros(len(index), dtype=np.int64)
         self._keep(self._needed(self.lengths))  # what waits to be written cannot be shared
         self.pool.share(self.blocks)
@@ -196,6 +228,7 @@ class Extents:
         other = Extents(self.pool, *self.lengths.shape)
         other.lengths, other.table = self.lengths.copy(), self.table.copy()
         other._keep(self._needed(self.lengths))
+        other.metric = self.metric
         self.pool.share(other.blocks)
         return other
 
@@ -225,6 +258,8 @@ class Extents:
         if self._work is None:
             size = self.pool.block_size
             work = work_list(self.owned * size, self.table, size, chunk_of(size))
+            if self.metric is not None:
+                self.metric = self.metric.laid_out(work.merge.numpy())
             work = WorkList(*(part.to(self.pool.keys.device) for part in work))
             for part in work[:3]:
                 mark_dynamic(part, 1)

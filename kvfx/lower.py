@@ -19,7 +19,7 @@ from kvfx import algebra
 from kvfx.errors import PolicyError
 from kvfx.passes import plan
 from kvfx.passes.plan import Keep, Plan
-from kvfx.policy import Policy
+from kvfx.policy import PREFILL, Policy
 
 OPS = {"+": "add", "-": "sub", "*": "mul"}
 
@@ -43,6 +43,7 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
         shared=policy.align == "shared",
         chunk=policy.unit.arg or 0,
         per=policy.budget.per.arg or 0,
+        later=policy.budget.pool == "blocks",
         **among_heads,
     )
     if sketches is None:
@@ -55,6 +56,12 @@ def lower(policy: Policy, sketches: Sequence[Tensor] | None = None) -> Plan:
             f"{' and '.join(map(str, sorted(sizes))) or 'no'} columns. Give one [Hkv, D, size] per layer, or none."
         )
     return replace(lowered, sketches=tuple(sketches), sketch_digest=sketch_digest(sketches))
+
+
+def lower_step(policy: Policy) -> Plan:
+    """Return the Plan of a step that evicts nothing: of one token, or a block of them, behind a prompt."""
+    power, _ = policy.received or (0, 0)
+    return Plan(None, received=power if policy.when != PREFILL else 0)
 
 
 def lower_program(policy: Policy, windows: Sequence[int | None] = (), sketches: Sequence[Tensor] | None = None) -> Plan:
@@ -74,8 +81,9 @@ def lower_program(policy: Policy, windows: Sequence[int | None] = (), sketches: 
         return plan
     budget = policy.budget
     if budget.pool != "uniform":
+        competing = "heads" if budget.pool == "blocks" else budget.pool
         raise PolicyError(
-            f"{policy.name} cannot be exported: how many slots each of the {budget.pool} wins follows from the scores, and a "
+            f"{policy.name} cannot be exported: how many slots each of the {competing} wins follows from the scores, and a "
             "program has to know it before. Write budget=uniform(...)."
         )
     if policy.batch_coupled:

@@ -17,6 +17,7 @@ from kvfx.engine import Engine
 from kvfx.errors import CacheMismatch, InputError, UnsupportedModel
 from kvfx.passes.plan import Plan
 from kvfx.policy import Policy
+from kvfx.pool import Pool
 from kvfx.quota import Keep, slots_of_prompt
 from kvfx.runner import Runner
 from kvfx.static_cache import StaticCache
@@ -224,8 +225,10 @@ def _feed(model: CompressedModel, cache: Cache, ids: Tensor, options: dict[str, 
         model._kvfx.forward({"input_ids": ids[:, held:until], "attention_mask": mask, "past_key_values": cache})
 
 
-def compressed(base: transformers.PreTrainedModel, policy: Policy, plan: Plan, engine: Engine, on_refuse: str) -> Any:
+def compressed(
+    base: transformers.PreTrainedModel, policy: Policy, plan: Plan, engine: Engine, on_refuse: str, pool: Pool | None = None
+) -> Any:
     """`base` with a compressed cache; parameters are shared."""
     twin = hf.clone(base, CompressedModel)
-    twin.__dict__["_kvfx"] = Runner(base, policy, plan, engine, on_refuse)
+    twin.__dict__["_kvfx"] = Runner(base, policy, plan, engine, on_refuse, pool)
     return twin

@@ -20,19 +20,22 @@ from kvfx import algebra, presets
 from kvfx.algebra import Atom, Score, Splice, ZScore, parts
 from kvfx.budget import POOLS, ROW, Budget, Protect
 from kvfx.errors import PolicyError, unknown_name
-from kvfx.params import Int, OneOf, Word, word
+from kvfx.params import Int, OneOf, Word, plain, word
 from kvfx.scores import SCORES
 
 NOTHING = Protect()
 TOKEN = Word("token")
-AXES = ("score", "unit", "align", "budget", "protect", "pos")
+PREFILL = Word("prefill")
+AXES = ("score", "unit", "align", "budget", "protect", "pos", "when")
 UNIT = OneOf({"token": None, "chunk": Int(2)})
+WHEN = OneOf({"prefill": None, "every": Int(1), "pressure": None})
 BUILT = {"unit": ("token", "chunk"), "align": ("perhead", "shared"), "budget": tuple(POOLS), "pos": ("keep",)}
+BUILT |= {"when": tuple(WHEN.words)}
 # Axes and values that nothing lowers yet: named, so that the error can tell them from spelling mistakes.
 PLANNED = {
     "unit": ("page", "span", "channel", "rowchannel", "head", "layer"),
     "align": ("composite", "reuse"),
-    "when": ("prefill_end", "chunk", "every", "step", "segment", "overflow", "cascade", "offline"),
+    "when": ("chunk", "step", "segment", "overflow", "cascade", "offline"),
     "evicted": ("drop", "compensate", "merge", "prototype", "demote"),
     "store": ("fp16", "int8", "quant", "latent", "sparse", "pack"),
     "pos": ("rerotate", "yarn"),
@@ -64,6 +67,8 @@ class Policy:
         pos: what RoPE phase kept keys hold.
         unit: what stays or leaves as a whole: `token`, or `chunk(n)`, runs of n real tokens by their mean score.
         align: `perhead`, each KV head chooses for itself, or `shared`, all of a layer keep the same tokens.
+        when: `prefill`, once for each prompt; or there and again while tokens are generated: `every(n)` tokens, or under
+            `pressure`, when a pool has no room for the next.
     """
 
     score: Score | None
@@ -72,6 +77,7 @@ class Policy:
     pos: str = "keep"
     unit: Word = TOKEN
     align: str = "perhead"
+    when: Word = PREFILL
 
     def __post_init__(self) -> None:
         if self.pos != "keep":
@@ -82,8 +88,12 @@ class Policy:
             if getattr(self.unit, "name", str(self.unit)) not in BUILT["unit"]:
                 raise axis_error("unit", getattr(self.unit, "name", str(self.unit)))
             raise PolicyError(f"unit={self.unit} is not built: unit takes {UNIT}.")
+        if WHEN.read(self.when) is None:
+            if getattr(self.when, "name", str(self.when)) not in WHEN.words:
+                raise axis_error("when", getattr(self.when, "name", str(self.when)))
+            raise PolicyError(f"when={self.when} is not built: when takes {WHEN}.")
         if self.score is None:
-            if self.budget or self.protect != NOTHING or self._together():
+            if self.when != PREFILL or self.budget or self.protect != NOTHING or self._together():
                 raise PolicyError("the score none keeps everything, so it takes no other axis. Write: none.")
             return
         for part in parts(self.score):
@@ -113,15 +123,47 @@ class Policy:
 
     def _check_pool(self, budget: Budget) -> None:
         """Refuse what contradicts heads or layers that compete."""
-        if budget.pool == "heads" and self.align == "shared":
+        if budget.pool in ("heads", "blocks") and self.align == "shared":
             raise PolicyError(
                 "heads that keep the same tokens, align=shared, cannot compete for them. Write align=perhead, or "
                 "budget=uniform(...)."
             )
+        if budget.pool == "blocks" and (self.unit != TOKEN or isinstance(self.score, Splice)):
+            what = "splice ranks by two scores" if self.unit == TOKEN else f"unit={self.unit} keeps tokens together"
+            raise PolicyError(f"{what}, and a block has one price, the score of the best token lost. Leave it out.")
+        if self.when != PREFILL:
+            self._check_when(budget)
         if budget.pool != "uniform" and budget.rounding == "kvpress" and self.unit != TOKEN:
             raise PolicyError(f"round=kvpress counts chunks under budget=uniform(...) alone. Leave unit={self.unit} out, or round.")
         if budget.most is not None and budget.most < self.protect.total:
             raise PolicyError(f"max={budget.most} is less than the {self.protect.total} tokens of {self.protect}. Raise max.")
+
+    def _check_when(self, budget: Budget) -> None:
+        """Refuse what decode steps cannot go on with: they add to a score what attention pays."""
+        if budget.pool != "blocks":
+            raise PolicyError(
+                f"when={self.when} frees blocks while tokens are generated. Write budget=blocks(...), or when=prefill."
+            )
+        if self.received is None:
+            raise PolicyError(
+                f"when={self.when} adds to the score what every new token's attention pays, and this score is not such a sum. "
+                "Write attn(q=win(8), mask=causal, over=squares, heads=sum, v=none), with over=squares or sum, or when=prefill."
+            )
+
+    @property
+    def received(self) -> tuple[int, int] | None:
+        """Which power of attention's probabilities the score sums, and how far a query must be behind; None if it does not."""
+        if not isinstance(self.score, Atom) or self.score.name != "attn":
+            return None
+        given = dict(self.score.values)
+        power = {Word("sum"): 1, Word("squares"): 2}.get(given["over"])
+        sums = (given["mask"], given["heads"], given["v"], given["scale"]) == (
+            Word("causal"),
+            Word("sum"),
+            Word("none"),
+            Word("model"),
+        )
+        return (power, given.get("buffer", 0)) if power and sums else None
 
     def atoms(self) -> Iterator[Atom]:
         """The score's atoms, left to right."""
@@ -166,6 +208,7 @@ class Policy:
         if isinstance(self.score, Atom) and self.score.name in presets.PRESETS:
             head = f"({head})"  # a bare name would be read as the preset
         clauses = [str(self.protect)] if self.protect != NOTHING else []
+        clauses += [f"when={self.when}"] if self.when != PREFILL else []
         return " | ".join([head, *self._together(), str(self.budget), *clauses])
 
     @classmethod
@@ -187,6 +230,7 @@ class Policy:
             "budget": self.budget.to_dict(),
             "protect": protect,
             "pos": self.pos,
+            "when": plain(self.when),
         }
 
     @classmethod
@@ -207,6 +251,7 @@ class Policy:
             data.get("pos", "keep"),
             word(data.get("unit", "token")),
             data.get("align", "perhead"),
+            word(data.get("when", "prefill")),
         )
 
     def to_json(self) -> str:

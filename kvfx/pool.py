@@ -1,112 +1,91 @@
-"""The memory of ragged caches: blocks of slots, handed out, shared and taken back."""
+"""A fixed amount of memory that many ragged caches share."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
+from kvfx.block_pool import BLOCK, BlockPool
 from kvfx.errors import InputError, PoolExhausted
-from kvfx.passes.capture import mark_dynamic
-
-BLOCK = 16
-NOBODY = 0  # the block that is never handed out: where what nobody wants is written
 
 
 class Pool:
-    """Blocks of `block_size` slots on one device. Caches of one model may share it; every block has a count of its owners.
+    """Memory for keys, values and positions of many caches of one model: what one of them evicts, another can fill.
+
+        pool = kvfx.Pool(bytes=4 * 2**30)
+        model = kvfx.compile(model, "kv_compress(rate=8)", pool=pool)      # or kvfx.RaggedCache(pool=pool) for one cache
+
+    It is taken from the device when the first cache asks, and kept: a cache that is dropped gives its blocks back to the pool, not
+    to the device. Tables and metrics, some hundredths of it, are not counted.
 
     Attributes:
-        keys: `[N, P, D]`, N blocks of P slots.
-        values: `[N, P, Dv]`.
-        positions: RoPE index of each slot's token within its row, `[N, P]` int32. What slots hold that nobody owns means nothing.
-        limit: the most blocks that it may grow to, or None.
+        bytes: the memory.
+        block_size: slots of a block.
     """
 
-    def __init__(self, key: Tensor, value: Tensor, block_size: int = BLOCK, limit: int | None = None) -> None:
-        """Make an empty pool for slots like those of `key` and `value`, `[..., D]`."""
-        if block_size < 1 or (limit is not None and limit < 1):
-            raise InputError(f"block_size={block_size}, limit={limit}: a pool needs room for at least one slot")
-        self.keys, self.values = (like.new_zeros(1, block_size, like.shape[-1]) for like in (key, value))
-        self.positions = torch.zeros(1, block_size, dtype=torch.int32, device=key.device)
-        self.limit = limit
-        self._owners = np.ones(1, dtype=np.int64)
-        self._mark()
+    def __init__(self, bytes: int, block_size: int = BLOCK) -> None:
+        """Set memory apart.
 
-    @property
-    def block_size(self) -> int:
-        """Slots of a block."""
-        return int(self.positions.shape[1])
+        Args:
+            bytes: of keys, values and positions together.
+            block_size: slots of a block, see `RaggedCache`.
+
+        Raises:
+            InputError: one of the two is no positive number.
+        """
+        if type(bytes) is not int or bytes < 1 or type(block_size) is not int or block_size < 1:
+            raise InputError(f"bytes={bytes}, block_size={block_size}: a pool takes two positive whole numbers")
+        self.bytes, self.block_size = bytes, block_size
+        self._pools: dict[tuple[Any, ...], BlockPool] = {}
 
     @property
     def blocks(self) -> int:
-        """Blocks that there are, owned or free, without the one that is nobody's."""
-        return len(self._owners) - 1
+        """Blocks that there are; 0 before a cache has asked."""
+        return sum(pool.blocks for pool in self._pools.values())
 
     @property
     def free(self) -> int:
-        """Blocks that nobody owns."""
-        return int((self._owners == 0).sum())
+        """Blocks that no cache owns."""
+        return sum(pool.free for pool in self._pools.values())
 
-    def allows(self, count: int) -> bool:
-        """Whether `count` more blocks can be owned."""
-        return self.limit is None or count <= self.free + self.limit - self.blocks
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block, of the largest kind where layers differ; 0 before a cache has asked."""
+        return max((pool.block_bytes for pool in self._pools.values()), default=0)
 
-    def owners(self, blocks: np.ndarray) -> np.ndarray:
-        """How many own each block."""
-        return self._owners[blocks]
+    def of(self, kinds: Mapping[tuple[Any, ...], tuple[Tensor, Tensor, int]]) -> dict[tuple[Any, ...], BlockPool]:
+        """The blocks for each kind of slot of a model.
 
-    def take(self, count: int) -> np.ndarray:
-        """Own `count` free blocks, consecutive ones if there are; more are made where too few are free.
+        Args:
+            kinds: by what tells them apart, a key and a value of such slots, `[..., D]`, and how many heads of all layers
+                have them; memory is divided so that each head gets equally many slots.
 
         Raises:
-            PoolExhausted: the limit does not allow for so many. Nothing has changed.
+            PoolExhausted: there is no room for one block of each.
+            InputError: caches of a model with other kinds have it.
         """
-        missing = count - self.free
-        if missing > 0:
-            if self.limit is not None and not self.allows(count):
+        if not self._pools:
+            self._pools = self._divided(kinds)
+        if self._pools.keys() != kinds.keys():
+            raise InputError(
+                f"this pool holds slots of {sorted(map(str, self._pools))}, and those of this model are {sorted(map(str, kinds))} "
+                "(channels of keys and values, dtype, device). Give each model a pool of its own."
+            )
+        return self._pools
+
+    def _divided(self, kinds: Mapping[tuple[Any, ...], tuple[Tensor, Tensor, int]]) -> dict[tuple[Any, ...], BlockPool]:
+        pools = {kind: BlockPool(key, value, self.block_size) for kind, (key, value, _) in kinds.items()}
+        spare = self.bytes - sum(pool.block_bytes for pool in pools.values())  # of each the block that is nobody's
+        of_all = sum(pool.block_bytes * kinds[kind][2] for kind, pool in pools.items())
+        for kind, pool in pools.items():
+            pool.limit = spare * kinds[kind][2] // of_all
+            if pool.limit < 1:
                 raise PoolExhausted(
-                    f"the pool has {self.limit} blocks of {self.block_size} slots, {self.free + self.limit - self.blocks} of them "
-                    f"free, and {count} are needed. Nothing was written. Drop caches that share it, keep less, or make it larger."
+                    f"{self.bytes} bytes hold no block of {self.block_size} slots of {kind} (channels of keys and values, dtype, "
+                    f"device), of {pool.block_bytes} bytes, beside the one that is nobody's. Make the pool larger."
                 )
-            self._grow(missing)
-        free = np.flatnonzero(self._owners == 0)
-        run = free[count - 1 :] - free[: len(free) - count + 1] == count - 1 if count else np.zeros(0)
-        first = int(run.argmax()) if run.any() else 0
-        taken = free[first : first + count]
-        self._owners[taken] = 1
-        return taken.astype(np.int32)
-
-    def share(self, blocks: np.ndarray) -> None:
-        """Own blocks once more that are owned already."""
-        np.add.at(self._owners, blocks, 1)
-
-    def release(self, blocks: np.ndarray) -> None:
-        """Own blocks no more; those without an owner are free."""
-        np.subtract.at(self._owners, blocks, 1)
-        assert (self._owners >= 0).all(), "a block was released that nobody owned"
-
-    def copy_blocks(self, source: np.ndarray, target: np.ndarray) -> None:
-        """Copy what blocks hold to others."""
-        if len(source):
-            here, there = (torch.from_numpy(blocks.astype(np.int64)).to(self.keys.device) for blocks in (source, target))
-            for tensor in self.tensors():
-                tensor[there] = tensor[here]
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys, values and positions."""
-        return self.keys, self.values, self.positions
-
-    def _grow(self, missing: int) -> None:
-        """Make room for `missing` more blocks, and some more, lest it be copied at every turn."""
-        wanted = self.blocks + max(missing, self.blocks // 32)
-        blocks = wanted if self.limit is None else min(wanted, self.limit)
-        for name in ("keys", "values", "positions"):  # one after the other, so that one alone is there twice
-            held: Tensor = getattr(self, name)
-            setattr(self, name, torch.cat([held, held.new_zeros(max(0, 1 + blocks - len(held)), *held.shape[1:])]))
-        self._owners = np.concatenate([self._owners, np.zeros(blocks - self.blocks, dtype=np.int64)])
-        self._mark()
-
-    def _mark(self) -> None:
-        for tensor in self.tensors():
-            mark_dynamic(tensor, 0)
+        for pool in pools.values():
+            pool.fill_up()
+        return pools

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvfx.block_pool import BLOCK, BlockPool
 from kvfx.cache import STOCK_HINT, Cache
 from kvfx.cache_layer import CacheLayer, Rows
-from kvfx.errors import CacheMismatch
+from kvfx.errors import CacheMismatch, InputError
 from kvfx.extents import Extents
 from kvfx.layouts import ragged_to_dense
-from kvfx.pool import BLOCK, Pool
+from kvfx.pool import Pool
 from kvfx.ragged_layer import STATE, RaggedLayer
 
 NOT_STOCK = "the heads of this cache hold unequally many slots in blocks, which no stock model can read. "
@@ -29,19 +30,29 @@ class RaggedCache(Cache):
     Attributes:
         block_size: slots of a block.
         limit: the most blocks that the pool may have, or None.
+        pool: memory that it shares with other caches, or None.
+        since: tokens seen since blocks were last evicted.
     """
 
     layout = "ragged"
 
-    def __init__(self, limit: int | None = None, block_size: int = BLOCK) -> None:
+    def __init__(self, limit: int | None = None, block_size: int | None = None, pool: Pool | None = None) -> None:
         """Make an empty cache.
 
         Args:
-            limit: blocks that it may fill, see `Pool`; by default as many as it needs.
-            block_size: slots of a block. Larger ones waste more at the end of each head, smaller ones need larger tables.
+            limit: blocks that it may fill, see `BlockPool`; by default as many as it needs.
+            block_size: slots of a block, 16 by default. Larger ones waste more at the end of each head, smaller ones need larger
+                tables.
+            pool: memory that it shares with other caches, which says both; by default it has its own.
         """
         super().__init__()
-        self.limit, self.block_size = limit, block_size
+        if pool is not None and (limit is not None or block_size not in (None, pool.block_size)):
+            raise InputError(
+                f"limit={limit}, block_size={block_size}: a cache in a shared pool takes what the pool has. Leave them out"
+            )
+        self.limit, self.pool = limit, pool
+        self.block_size = block_size or (BLOCK if pool is None else pool.block_size)
+        self.since = 0
         self.extents: list[Extents] = []
 
     # -- what it holds ---------------------------------------------------------------------------------------------------------
@@ -59,15 +70,24 @@ class RaggedCache(Cache):
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index, (key, value) in like.items():
             alike.setdefault((key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device), []).append(index)
-        made, pools = dict[int, RaggedLayer](), dict[tuple[Any, ...], Pool]()
+        kinds: dict[tuple[Any, ...], tuple[Tensor, Tensor, int]] = {}
         for (heads, *kind), members in alike.items():
-            if tuple(kind) not in pools:
-                key, value = like[members[0]]
-                pools[tuple(kind)] = Pool(key, value, self.block_size, self.limit)
+            before = kinds.get(tuple(kind), (None, None, 0))[2]
+            key, value = like[members[0]]
+            kinds[tuple(kind)] = key, value, before + heads * len(members)
+        pools = self._pools(kinds)
+        made = dict[int, RaggedLayer]()
+        for (heads, *kind), members in alike.items():
             extents = Extents(pools[tuple(kind)], len(members), rows, heads)
             self.extents.append(extents)
             made |= {index: RaggedLayer(extents, place) for place, index in enumerate(members)}
         return made
+
+    def _pools(self, kinds: Mapping[tuple[Any, ...], tuple[Tensor, Tensor, int]]) -> dict[tuple[Any, ...], BlockPool]:
+        """The blocks for each kind of slot."""
+        if self.pool is not None:
+            return self.pool.of(kinds)
+        return {kind: BlockPool(key, value, self.block_size, self.limit) for kind, (key, value, _) in kinds.items()}
 
     @property
     def ragged(self) -> dict[int, RaggedLayer]:
@@ -79,12 +99,13 @@ class RaggedCache(Cache):
         held = super().about()
         for index, layer in self.ragged.items():
             held["layers"][index] |= {"ragged": True, "tokens": layer.tokens}
-        return held | {"block_size": self.block_size, "limit": self.limit}
+        return held | {"block_size": self.block_size, "limit": self.limit, "since": self.since}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> RaggedCache:
         """Put a cache together, in a pool of its own, from what `tensors()` and `about()` returned."""
         cache = cls(about["limit"], about["block_size"])
+        cache.since = about.get("since", 0)
         states: dict[int, dict[str, Any]] = {}
         for index, facts in enumerate(about["layers"]):
             if facts.get("ragged"):
@@ -168,9 +189,9 @@ class RaggedCache(Cache):
 
     def copy(self) -> RaggedCache:
         """A cache that goes its own way from here. Cheap: blocks are shared until one of the two writes to them."""
-        other = RaggedCache(self.limit, self.block_size)
+        other = RaggedCache(self.limit, self.block_size, self.pool)
         other._inherit(self)
-        other.lengths_seen = self.lengths_seen
+        other.lengths_seen, other.since = self.lengths_seen, self.since
         forks = {id(extents): extents.fork() for extents in self.extents}
         other.extents = list(forks.values())
         other.layers = [layer.copy() for layer in self.layers]
@@ -180,7 +201,7 @@ class RaggedCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the pool goes with its last cache."""
-        self.__init__(self.limit, self.block_size)  # type: ignore[misc]
+        self.__init__(self.limit, self.block_size, self.pool)  # type: ignore[misc]
 
     def map_rows(self, rows: Rows) -> None:
         """Apply `rows` along the batch axis of everything held."""

@@ -19,11 +19,12 @@ class Blocks(NamedTuple):
     """What graphs read and write of the extents of layers that are alike.
 
     Attributes:
-        keys, values, positions: of a pool, see `kvfx.pool.Pool`.
+        keys, values, positions: of a pool, see `kvfx.block_pool.BlockPool`.
         table: blocks of each extent, `[L, B, Hkv, m]` int32.
         lengths: slots of each extent, `[L, B, Hkv]` int64.
         work: how attention splits its work, `[L, ...]` each.
-        fresh: blocks for what each layer keeps of the new tokens, `[L, R]` int32; None if all is kept.
+        fresh: blocks for what each layer keeps of the new tokens, `[L, R]` int32; None if all is kept, or the choice comes later.
+        metric: what attention each slot has received, `[L, n, chunk]` float32, see `kvfx.metric`; None if nobody asks.
     """
 
     keys: Tensor
@@ -33,6 +34,7 @@ class Blocks(NamedTuple):
     lengths: Tensor
     work: tuple[Tensor, ...]
     fresh: Tensor | None
+    metric: Tensor | None = None
 
 
 class RaggedSlots(SlotCache):
@@ -44,7 +46,11 @@ class RaggedSlots(SlotCache):
         blocks: of the layers that share a pool and a number of heads.
         where: which of `blocks` holds a layer, and as which of its layers; the others are dense.
         plan: what is evicted.
+        buffer: a query counts for what a token has received if it is at least that far behind it.
         kept: after a forward that evicts, slots that each head of a layer has kept, `[B, Hkv]`, by layer.
+        new: keys and values that are not stored yet, by layer.
+        scores: of new tokens, by layer, where the choice among all layers is made when they are known.
+        metric: after a forward under a plan that asks for it, that of `blocks` and of the new tokens.
     """
 
     layout = "ragged"
@@ -59,11 +65,19 @@ class RaggedSlots(SlotCache):
         start: Tensor | None,
         padded: bool,
         whole: frozenset[int],
+        buffer: int,
     ) -> None:
         super().__init__(layers, *lengths, start, padded, whole)
-        self.blocks, self.where, self.plan = blocks, where, plan
+        self.blocks, self.where, self.plan, self.buffer = blocks, where, plan, buffer
         self.kept: dict[int, Tensor] = {}
         self.new: dict[int, tuple[Tensor, Tensor]] = {}
+        self.scores: dict[int, Tensor] = {}
+        self.received: dict[int, tuple[Tensor, Tensor]] = {}
+        self.metric: dict[int, Tensor] = {}
+
+    def members(self, group: int) -> list[int]:
+        """The layers of one of `blocks`, in order."""
+        return [index for index, (owner, _) in self.where.items() if owner == group]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values; what attention shall read: everything seen."""
@@ -73,25 +87,36 @@ class RaggedSlots(SlotCache):
         read = (key, value) if self.length is None else self._read_blocks(key, value, layer_idx)
         if self.sizes is None:
             self.new[layer_idx] = key, value
+        elif self.plan.later:
+            given = None if self.counts is None else self.counts[0]
+            score = torch.ops.kvfx.cache_score(key, value, self.positions, given, layer_idx)
+            self.scores[layer_idx], self.layers[layer_idx].finite = score[0], score[2]
+            self.new[layer_idx] = key.contiguous(), value.contiguous()  # as `SlotCache.update`
         else:
             self._evict(key, value, layer_idx)
         return read
 
     def _read_blocks(self, key: Tensor, value: Tensor, index: int) -> tuple[Tensor, Tensor]:
         group, place = self.where[index]
-        keys, values, positions, table, lengths, work, _ = self.blocks[group]
+        keys, values, positions, table, lengths, work, *_ = self.blocks[group]
         held = slots_of(self.length)  # type: ignore[arg-type]
-        return torch.ops.kvfx.ragged_read(
+        given = (
             keys, values, positions, key, value, held + key.shape[2], index, table[place], lengths[place],
             [part[place] for part in work], held - self.seen, chunk_of(keys.shape[1]),
         )  # fmt: skip
+        if not self.plan.received:
+            return torch.ops.kvfx.ragged_read(*given)
+        read_keys, read_values, *self.received[index] = torch.ops.kvfx.ragged_read_received(
+            *given, self.positions, self.plan.received, self.buffer
+        )
+        return read_keys, read_values
 
     def _evict(self, key: Tensor, value: Tensor, index: int) -> None:
         """Write what is kept of new keys and values to blocks."""
         assert self.sizes is not None
         assert self.positions is not None
         group, place = self.where[index]
-        keys, values, positions, table, lengths, _, fresh = self.blocks[group]
+        keys, values, positions, table, lengths, _, fresh, _ = self.blocks[group]
         given = None if self.counts is None else self.counts[0]
         first, scores, finite = torch.ops.kvfx.cache_score(key, value, self.positions, given, index)
         splice = self.plan.score if isinstance(self.plan.score, Splice) else None
@@ -108,10 +133,14 @@ class RaggedSlots(SlotCache):
     def end(self, seen: Tensor) -> None:
         """Write new tokens that are all kept, of all layers at once, and count them."""
         assert self.positions is not None
-        for group, (keys, values, positions, table, lengths, _, _) in enumerate(self.blocks):
-            mine = [index for index, (owner, _) in self.where.items() if owner == group and index in self.new]
+        if self.scores:
+            return  # what is kept is not known yet
+        for group, (keys, values, positions, table, lengths, *_) in enumerate(self.blocks):
+            mine = [index for index in self.members(group) if index in self.new]
             if not mine:
                 continue
+            if self.received:
+                self._add_up(group, mine)
             new_keys, new_values = (torch.stack([self.new[index][part] for index in mine]) for part in range(2))
             batch, length, size = new_keys.shape[1], new_keys.shape[3], keys.shape[1]
             real = torch.ones(batch, length, dtype=torch.long, device=keys.device) if self.valid is None else self.valid.long()
@@ -123,3 +152,24 @@ class RaggedSlots(SlotCache):
                 slots.repeat(len(mine), 1, 1).flatten(1), (block * size + at % size).flatten(0, 1).flatten(1),
             )  # fmt: skip
             lengths.add_(real.sum(-1)[:, None])
+
+    def _add_up(self, group: int, mine: list[int]) -> None:
+        """Add to the metric what new tokens have paid, and give those a first one."""
+        _, _, positions, _, lengths, (owner, _, blocks, merge), _, metric = self.blocks[group]
+        assert metric is not None
+        assert self.positions is not None
+        held, new = (torch.stack([self.received[index][part] for index in mine]) for part in range(2))  # [L, n, C], [L, B, Hkv, S]
+        if self.buffer and new.shape[3] == 1:
+            latest = (self.positions[:, 0] - self.buffer)[:, None].expand(lengths.shape[1:]).flatten()
+            held = held * (positions[blocks].flatten(2) <= latest[owner.long()][..., None])
+            new = new * 0
+        real = torch.ones_like(self.positions, dtype=torch.long) if self.valid is None else self.valid.long()
+        at = lengths[..., None] + (real.cumsum(-1) - 1)[:, None]  # [L, B, Hkv, S]
+        chunk = metric.shape[2]
+        number = merge.gather(3, (at // chunk).clamp(0, merge.shape[3] - 1)).long()
+        layer = torch.arange(len(mine), device=at.device).view(-1, 1, 1, 1)
+        place = (layer * metric.shape[1] + number.clamp(min=0)) * chunk + at % chunk
+        spare = metric.numel()  # where padding goes
+        place = torch.where(real[:, None] > 0, place, spare).flatten()
+        total = torch.cat([(metric + held).flatten(), new.new_zeros(1)])
+        self.metric[group] = total.scatter(0, place, new.flatten())[:-1].view(metric.shape)

@@ -3,83 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from kvfx.block import Block
+from kvfx.block_schedule import evict_blocks, keep_blocks
 from kvfx.cache_layer import CacheLayer
-from kvfx.extents import Extents
+from kvfx.cache_step import push_empty_left, took
+from kvfx.engine import refused
+from kvfx.errors import CacheMismatch, PoolExhausted
 from kvfx.passes.cache_write import size_of
 from kvfx.passes.capture import mark_dynamic
 from kvfx.passes.plan import Plan
+from kvfx.passes.report import Stranded, Unscored
+from kvfx.policy import Policy
 from kvfx.quota import Quota
 from kvfx.ragged_cache import RaggedCache
-from kvfx.ragged_slots import Blocks, RaggedSlots
+from kvfx.ragged_slots import RaggedSlots
+from kvfx.room import Room
+
+if TYPE_CHECKING:
+    from kvfx.runner import Inputs, Runner
 
 
-class Room:
-    """Room in a pool for the new tokens of a step, given back if it is not used.
+def run(
+    runner: Runner, phase: str, plan: Plan, cache: RaggedCache, windows: Any, block: Block, budget: Quota, inputs: Inputs
+) -> Any:
+    """A step over blocks. What it writes belongs to nobody before it is over, so one that fails leaves all as it was.
 
-    Attributes:
-        before: lengths of each of the cache's extents.
-        fresh: of each, blocks for what a step keeps, until they are theirs; empty if it keeps all.
+    Where a policy evicts while tokens are generated, that comes first, and stays done if the step fails.
     """
-
-    def __init__(self, cache: RaggedCache, lengths: Sequence[int], budget: Quota) -> None:
-        """Make room for `lengths[b]` tokens of each row, or for what `budget` keeps of them.
-
-        Raises:
-            PoolExhausted: there is none. Nothing has changed.
-        """
-        self.extents, self.fresh = cache.extents, list[np.ndarray]()
-        self.before = [extents.lengths.copy() for extents in cache.extents]
-        try:
-            for extents in cache.extents:
-                if budget.sizes is None:
-                    extents.make_room(lengths)
-                else:
-                    self.fresh.append(extents.reserve(budget.rows))
-        except BaseException:
-            self.give_back()
+    engine, policy = runner.engine, runner.policy
+    if plan.received:
+        _check_metric(cache, policy)
+        if policy.when.name == "every" and cache.since >= (policy.when.arg or 0):
+            evict_blocks(cache, policy)
+    work = cache.view()
+    if phase == "prefill":
+        allocate(work, engine.slots_like(runner.base), windows, block.batch, engine.whole)
+    held = [layer.slots for layer in work.layers]
+    try:
+        room = Room(work, block.lengths, budget, plan)
+    except PoolExhausted:
+        if not plan.received or not evict_blocks(cache, policy):
             raise
-
-    def give_back(self) -> None:
-        """Undo it, and what extents have taken over."""
-        for extents, fresh in zip(self.extents, self.fresh, strict=False):
-            extents.pool.release(fresh.flatten())
-        for extents, lengths in zip(self.extents, self.before, strict=True):
-            extents.undo(lengths)
-
-    def blocks(self) -> list[Blocks]:
-        """What the graph reads and writes."""
-        fresh: list[Any] = [_uploaded(blocks, extents) for blocks, extents in zip(self.fresh, self.extents, strict=False)]
-        return [
-            Blocks(*extents.pool.tensors(), extents.device_table, extents.device_lengths, tuple(extents.work), new)
-            for extents, new in zip(self.extents, fresh or [None] * len(self.extents), strict=True)
-        ]
-
-    def settle(self, slots: RaggedSlots, lengths: Sequence[int]) -> None:
-        """Account for what the graph has written. One host sync where it chose."""
-        if not self.fresh:
-            for extents in self.extents:
-                extents.grow(lengths)
-            return
-        kept = [[slots.kept[index] for index in _members(slots.where, group)] for group in range(len(self.extents))]
-        for group, (extents, counts) in enumerate(zip(self.extents, kept, strict=True)):
-            extents.adopt(torch.stack(counts).cpu().numpy(), self.fresh[group])
-            self.fresh[group] = self.fresh[group][:, :0]
-
-
-def _uploaded(blocks: np.ndarray, extents: Extents) -> Tensor:
-    tensor = torch.from_numpy(blocks).to(extents.pool.keys.device)
-    mark_dynamic(tensor, 1)
-    return tensor
+        return run(runner, phase, plan, cache, windows, block, budget, inputs)
+    try:
+        whole = engine.whole if phase != "prefill" else frozenset()
+        slots = traced_view(work, room, plan, budget, whole, (policy.received or (0, 0))[1])
+        given = (work.lengths_seen, *inputs, runner.takes_positions)
+        out, seen = engine.run(runner.base, phase, plan, runner.on_refuse, slots, *given)
+        runner._check_after(phase, plan, work, block)
+        took(work, inputs[1].get("input_ids"), block.valid, seen, block.length, held, budget.whole)
+        if phase != "decode":
+            push_empty_left(work, fixed=engine.whole)
+        if plan.later:
+            keep_blocks(work, slots, block, budget, policy)
+        else:
+            room.settle(slots, block.lengths)
+    except Unscored as unscored:
+        room.give_back()
+        engine.whole |= frozenset(unscored.layers)
+        if phase != "prefill":
+            raise refused(engine.name, unscored) from unscored
+        return run(runner, phase, plan, cache, windows, block, budget, inputs)
+    except Stranded as stranded:
+        room.give_back()
+        raise refused(engine.name, stranded) from stranded
+    except BaseException:
+        room.give_back()
+        raise
+    work.since = 0 if plan.later else work.since + block.length
+    cache.__dict__.update(work.__dict__)
+    return out
 
 
-def _members(where: dict[int, tuple[int, int]], group: int) -> list[int]:
-    return [index for index, (owner, _) in where.items() if owner == group]
+def _check_metric(cache: RaggedCache, policy: Policy) -> None:
+    if cache.extents and any(extents.metric is None for extents in cache.extents):
+        raise CacheMismatch(
+            f"when={policy.when} evicts by the attention that slots have received, and this cache, filled under {cache.policy}, "
+            "has no record of it. Compress the prompt with this model."
+        )
 
 
 def allocate(
@@ -94,7 +100,7 @@ def allocate(
     mark_dynamic(cache.lengths_seen, 0)
 
 
-def traced_view(cache: RaggedCache, room: Room, plan: Plan, budget: Quota, whole: frozenset[int]) -> RaggedSlots:
+def traced_view(cache: RaggedCache, room: Room, plan: Plan, budget: Quota, whole: frozenset[int], buffer: int) -> RaggedSlots:
     """The cache as a graph shall see it."""
     group = {id(extents): number for number, extents in enumerate(cache.extents)}
     where = {index: (group[id(layer.extents)], layer.index) for index, layer in cache.ragged.items()}
@@ -104,5 +110,5 @@ def traced_view(cache: RaggedCache, room: Room, plan: Plan, budget: Quota, whole
         mark_dynamic(length, 0)
     dense = [layer for index, layer in enumerate(cache.layers) if index not in where]
     start = next((layer.next_position for layer in dense if layer.window is None), None)
-    padded = cache._real is not None
-    return RaggedSlots(cache.layers, room.blocks(), where, plan, (budget.sizes, budget.counts, length), start, padded, whole)
+    padded, lengths = cache._real is not None, (budget.sizes, budget.counts, length)
+    return RaggedSlots(cache.layers, room.blocks(), where, plan, lengths, start, padded, whole, buffer)

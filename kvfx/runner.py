@@ -17,14 +17,16 @@ from kvfx.block import Block, uneven_turn
 from kvfx.cache import Cache
 from kvfx.cache_layer import CacheLayer
 from kvfx.cache_step import check_finite, note, push_empty_left, took
-from kvfx.engine import STORE_ALL, Engine
-from kvfx.errors import CacheMismatch, InputError, SiteRefused, UnsupportedModel
+from kvfx.engine import Engine, refused
+from kvfx.errors import CacheMismatch, InputError, UnsupportedModel
 from kvfx.fingerprint import Owner, check_owner
+from kvfx.lower import lower_step
 from kvfx.passes.cache_write import size_of
 from kvfx.passes.capture import CompileError, mark_dynamic
 from kvfx.passes.plan import Plan
-from kvfx.passes.report import LayersFail, Stranded, Unscored
+from kvfx.passes.report import Stranded, Unscored
 from kvfx.policy import Policy
+from kvfx.pool import Pool
 from kvfx.quota import Keep, Quota, quota
 from kvfx.ragged_cache import RaggedCache
 from kvfx.slot_cache import SlotCache
@@ -36,19 +38,25 @@ Inputs = tuple[Tensor | None, dict[str, Tensor], dict[str, Any]]  # valid, token
 
 @dataclass
 class Runner:
-    """One model, one policy, and the engine that runs them."""
+    """One model, one policy, the memory of its caches if they share some, and the engine that runs them."""
 
     base: transformers.PreTrainedModel
     policy: Policy
     plan: Plan
     engine: Engine
     on_refuse: str
+    pool: Pool | None = None
     accepted: tuple[Any, Owner | None] = (None, None)
 
     @functools.cached_property
     def takes_positions(self) -> bool:
         """Whether the model's forward has an argument `position_ids`."""
         return "position_ids" in hf.forward_signature(self.base).parameters
+
+    @functools.cached_property
+    def step_plan(self) -> Plan:
+        """That of a forward that evicts nothing."""
+        return lower_step(self.policy)
 
     def forward(self, arguments: dict[str, Any], *, compress: bool = False, keep: Keep = None) -> Any:
         """A forward of the model: evicts if the cache is empty or `compress` is set, else appends.
@@ -85,7 +93,7 @@ class Runner:
     def own(self, cache: Any) -> Cache:
         """Return `cache`, or an empty one for None, if it is of kvfx and of this model; a static one of transformers becomes so."""
         if cache is None:
-            return RaggedCache() if self._pool(self.plan) == "heads" else Cache()
+            return RaggedCache(pool=self.pool) if self.pool or self._pool(self.plan) in ("heads", "blocks") else Cache()
         if isinstance(cache, transformers.StaticCache) and not isinstance(cache, Cache):
             cache = adopt(cache)
         if not isinstance(cache, Cache):
@@ -98,7 +106,7 @@ class Runner:
         return cache
 
     def _step(self, cache: Cache, block: Block, tokens: dict[str, Tensor], options: dict[str, Any], evict: bool, keep: Keep) -> Any:
-        plan = self.plan if evict else STORE_ALL
+        plan = self.plan if evict else self.step_plan
         phase = "prefill" if cache.is_empty else "decode" if block.length == 1 and not evict else "extend"
         windows = hf.windows(self.base) if phase == "prefill" else [layer.window for layer in cache.layers]
         if phase != "prefill" and block.valid is not None and any(windows):
@@ -147,36 +155,7 @@ class Runner:
         return out
 
     def _ragged(self, phase: str, plan: Plan, cache: Any, windows: Any, block: Block, budget: Quota, inputs: Inputs) -> Any:
-        """A step over blocks. What it writes belongs to nobody before it is over, so one that fails leaves all as it was."""
-        work = cache.view()
-        if phase == "prefill":
-            ragged_step.allocate(work, self.engine.slots_like(self.base), windows, block.batch, self.engine.whole)
-        held = [layer.slots for layer in work.layers]
-        room = ragged_step.Room(work, block.lengths, budget)
-        try:
-            whole = self.engine.whole if phase != "prefill" else frozenset()
-            slots = ragged_step.traced_view(work, room, plan, budget, whole)
-            given = (work.lengths_seen, *inputs, self.takes_positions)
-            out, seen = self.engine.run(self.base, phase, plan, self.on_refuse, slots, *given)
-            self._check_after(phase, plan, work, block)
-            took(work, inputs[1].get("input_ids"), block.valid, seen, block.length, held, budget.whole)
-            if phase != "decode":
-                push_empty_left(work, fixed=self.engine.whole)
-            room.settle(slots, block.lengths)
-        except Unscored as unscored:
-            room.give_back()
-            self.engine.whole |= frozenset(unscored.layers)
-            if phase != "prefill":
-                raise refused(self.engine.name, unscored) from unscored
-            return self._ragged(phase, plan, cache, windows, block, budget, inputs)
-        except Stranded as stranded:
-            room.give_back()
-            raise refused(self.engine.name, stranded) from stranded
-        except BaseException:
-            room.give_back()
-            raise
-        cache.__dict__.update(work.__dict__)
-        return out
+        return ragged_step.run(self, phase, plan, cache, windows, block, budget, inputs)
 
     def _static(self, phase: str, plan: Plan, cache: Any, windows: Any, block: Block, budget: Quota, inputs: Inputs) -> Any:
         """A step in place: all that can fail is checked before, and what is written is undone if it fails all the same."""
@@ -242,9 +221,9 @@ class Runner:
     def _check_layout(self, cache: Cache, plan: Plan, budget: Quota) -> None:
         """Make sure that the layout of a cache can hold what the policy keeps."""
         pool, ragged = self._pool(plan), isinstance(cache, RaggedCache)
-        if pool == "heads" and not ragged:
+        if pool in ("heads", "blocks") and not ragged:
             raise InputError(
-                f"budget=heads gives the heads of a layer unequally many slots, which a {type(cache).__name__} cannot hold. Leave "
+                f"budget={pool} gives the heads of a layer unequally many slots, which a {type(cache).__name__} cannot hold. Leave "
                 "past_key_values out, or give a kvfx.RaggedCache; cache.to('ragged') makes one."
             )
         if ragged and (pool == "layers" or len(budget.sizes or ()) > 1):
@@ -282,14 +261,6 @@ class Runner:
                 if evicted or not stranded.layers.keys() - self.engine.whole:
                     raise refused(self.engine.name, stranded) from stranded
                 self.engine.whole |= frozenset(stranded.layers)
-
-
-def refused(name: str, stranded: LayersFail) -> SiteRefused:
-    """Why what follows a layer that evicted cannot be computed."""
-    return SiteRefused(
-        f"slots were evicted from the cache of {name}, or have fixed places in it, but what reads the cache is not understood, so "
-        f"that the next tokens cannot be computed:\n  {stranded}\nCompress with another policy, or with none, into a kvfx.Cache."
-    )
 
 
 def packed(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lark import Lark, Transformer, UnexpectedInput, UnexpectedToken, v_args
 
 from kvfx.algebra import NAMES, SPLICE, Atom, Combine, Number, Score, Splice, ZScore
-from kvfx.budget import ARGUMENTS, POOLS, Budget, Protect
+from kvfx.budget import AMOUNTS, ARGUMENTS, POOLS, Budget, Protect, read_rate
 from kvfx.errors import PolicyError, unknown_name
 from kvfx.params import Word, bind, write_number
 from kvfx.policy import AXES, PLANNED, Policy, axis_error
@@ -124,6 +124,7 @@ def _read(text: str) -> Policy:
         str(_value("pos", axes["pos"])) if "pos" in axes else base.pos,
         _value("unit", axes["unit"]) if "unit" in axes else base.unit,
         str(_value("align", axes["align"])) if "align" in axes else base.align,
+        _value("when", axes["when"]) if "when" in axes else base.when,
     )
 
 
@@ -136,12 +137,18 @@ def _preset(head: Node, colon: Arguments) -> Policy | None:
     name = f"{head.name}@{head.variant}" if head.variant else head.name
     arguments = head.arguments + colon
     if name in PRESETS:
-        bound = bind(f"the preset {name}", PRESETS[name].params, arguments)
-        return (
-            _read(expand(name, {arg: _argument(arg, node) for arg, node in bound.items()}))
-            if bound or name != "none"
-            else Policy(None)
-        )
+        params = PRESETS[name].params
+        bound = bind(f"the preset {name}", [*params, *(AMOUNTS if "keep" in params else ())], arguments)
+        if sum(arg in AMOUNTS for arg in bound) > 1:
+            raise PolicyError(f"the preset {name} is given two amounts. Give one of {', '.join(AMOUNTS)}.")
+        amount = {arg: bound.pop(arg) for arg in AMOUNTS[1:] if arg in bound}
+        if not bound and name == "none":
+            return Policy(None)
+        policy = _read(expand(name, {arg: _argument(arg, node) for arg, node in bound.items()}))
+        if amount and policy.budget is not None:
+            call = Call(policy.budget.pool, None, tuple(amount.items()))
+            policy = replace(policy, budget=_budget(call, policy.budget))
+        return policy
     if colon or head.variant:
         raise unknown_name("policy", name, PRESETS)
     if head.name not in NAMES:
@@ -196,7 +203,7 @@ def _budget(node: Node, base: Budget | None) -> Budget:
         raise PolicyError("a budget names its pool: expected budget=uniform(0.5) or budget=uniform(tokens=1024).")
     if node.name not in POOLS:
         raise axis_error("budget", node.name)
-    given = bind(node.name, ARGUMENTS, node.arguments)
+    given = read_rate(node.name, bind(node.name, ARGUMENTS, node.arguments))
     fields: dict[str, Any] = {"keep": None, "tokens": None} if "keep" in given or "tokens" in given else {}
     fields["pool"] = node.name
     for name, value in given.items():
@@ -210,7 +217,7 @@ def _budget(node: Node, base: Budget | None) -> Budget:
 
 def _names_amount(node: Node) -> bool:
     """Whether a budget says how much is kept, and not only who competes for it."""
-    return not isinstance(node, Call) or any(name in (None, "keep", "tokens") for name, _ in node.arguments)
+    return not isinstance(node, Call) or any(name in (None, *AMOUNTS) for name, _ in node.arguments)
 
 
 def _protect(node: Node, base: Protect) -> Protect:

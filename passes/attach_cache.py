@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from kvfx.passes.axes import Order, is_straight, ordered, peel
-from kvfx.passes.cache_ragged import READ_RAGGED
+from kvfx.passes.cache_ragged import READ_RAGGED, READ_RECEIVED
 from kvfx.passes.cache_read import READ, WINDOW
 from kvfx.passes.cache_static import READ_STATIC
 from kvfx.passes.cache_write import layer_of, writes_of
@@ -107,7 +107,7 @@ def _is_marked(key: Key, output: int) -> bool:
     return (
         is_call(node, operator.getitem)
         and inputs(node)[1] == output
-        and is_call(inputs(node)[0], READ_STATIC, READ_RAGGED)
+        and is_call(inputs(node)[0], READ_STATIC, READ_RAGGED, READ_RECEIVED)
         and is_straight(order)
     )
 

@@ -54,8 +54,9 @@ def insert_eviction(module: fx.GraphModule, plan: Plan, report: Report) -> None:
 
 
 def _protect(graph: fx.Graph, traces: Traces, site: Site, score: str, plan: Plan) -> list[fx.Node]:
-    """A score of the site in which protected tokens win and padding loses, and whether it was finite."""
-    protected = call_op(graph, traces, "protect", site.nodes[score], site.nodes.get("valid"), plan.sinks, plan.recent)
+    """A score of the site in which padding loses and, unless the choice comes later, protected tokens win; was it finite."""
+    ends = (0, 0) if plan.later else (plan.sinks, plan.recent)
+    protected = call_op(graph, traces, "protect", site.nodes[score], site.nodes.get("valid"), *ends)
     return [call(graph, operator.getitem, protected, i) for i in range(2)]
 
 

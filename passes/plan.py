@@ -144,6 +144,9 @@ class Plan:
             with a window is left whole. Empty if no layer has one.
         floor: of what a head keeps on average, the share that every head of a layer keeps in any case; with 1 heads do not compete.
         least: tokens that every head keeps in any case, unless the average is less.
+        later: whether the choice is made behind the graph, among all layers: scores are then given as they are, nothing protected.
+        received: which power of its probabilities attention over blocks also sums for each slot, 0 for none; see
+            `kernels.ragged_probabilities`. Only of a plan that evicts nothing.
         impl: what ops become: "auto" takes Triton kernels on CUDA and references elsewhere, "triton" and "reference" only these.
     """
 
@@ -159,6 +162,8 @@ class Plan:
     windows: tuple[int | None, ...] = ()
     floor: Fraction = Fraction(1)
     least: int = 0
+    later: bool = False
+    received: int = 0
     impl: str = "auto"
 
     def calls(self) -> Iterator[OpCall]:

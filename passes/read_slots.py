@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, fx
 
 from kvfx.passes.attention.logits import is_head_bias
 from kvfx.passes.axes import peel
-from kvfx.passes.cache_ragged import READ_RAGGED
+from kvfx.passes.cache_ragged import READ_RAGGED, READ_RECEIVED
 from kvfx.passes.cache_read import READ
 from kvfx.passes.cache_static import READ_STATIC
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, replace_outputs, val
@@ -97,20 +98,34 @@ def _swap_static(site: Site, traces: Traces) -> None:
 def _swap_ragged(site: Site, traces: Traces) -> None:
     nodes, attention = site.nodes, site.nodes["attention"]
     query, _, _, mask, dropout, is_causal, *rest = inputs(attention)
-    *pool, key, value, tokens, _, table, lengths, work, shift, chunk = inputs(nodes["read"])
+    *pool, key, value, tokens, _, table, lengths, work, shift, chunk = inputs(nodes["read"])[:12]
+    asked = inputs(nodes["read"])[12:]
     _refuse_flag(is_causal, attention)
     if dropout:
         raise Refuse(f"attention drops weights out ({dropout}), which no kernel over blocks does", attention)
     graph = attention.graph
     with graph.inserting_before(attention):
         mask = _over(tokens, mask)
-        given = (query, key, value, mask, *pool, table, lengths, *work, shift, chunk, *rest)
-        swapped = call_op(graph, traces, "ragged_attention", *given)
+        given = (query, key, value, mask, *pool, table, lengths)
+        if asked and val(query).shape[2] == 1:
+            both = call_op(graph, traces, "ragged_probabilities", *given, *work, shift, chunk, asked[1], *rest)
+            swapped, held, new = (call(graph, operator.getitem, both, index) for index in range(3))
+            received = held, call(graph, aten.unsqueeze.default, new, 2)
+        else:
+            swapped = call_op(graph, traces, "ragged_attention", *given, *work, shift, chunk, *rest)
+            if asked:
+                both = call_op(graph, traces, "ragged_received", *given, *work[:2], asked[0], shift, chunk, *asked[1:], *rest)
+                received = tuple(call(graph, operator.getitem, both, index) for index in range(2))
     replace(attention, swapped)
     nodes["attention"] = swapped
+    if asked:
+        for user in [user for user in nodes["read"].users if inputs(user)[1] > 1]:
+            user.replace_all_uses_with(received[inputs(user)[1] - 2])
+            graph.erase_node(user)
 
 
-SWAPS: dict[Any, Callable[[Site, Traces], None]] = {READ: _swap, READ_STATIC: _swap_static, READ_RAGGED: _swap_ragged}
+SWAPS: dict[Any, Callable[[Site, Traces], None]] = {READ: _swap, READ_STATIC: _swap_static}
+SWAPS |= dict.fromkeys((READ_RAGGED, READ_RECEIVED), _swap_ragged)
 
 
 def _refuse_flag(is_causal: bool, attention: fx.Node) -> None:

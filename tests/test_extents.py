@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvfx.block_pool import BlockPool
 from kvfx.errors import PoolExhausted
 from kvfx.extents import Extents
 from kvfx.kernels.ragged_attention import ragged_attention
-from kvfx.pool import Pool
 from kvfx.work_list import chunk_of
 from yardstick import assert_within_rounding
 
@@ -27,7 +27,7 @@ class Blocks(RuleBasedStateMachine):
 
     @initialize(lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8), limit=st.none() | st.integers(24, 60))
     def fill(self, lengths: list[int], limit: int | None) -> None:
-        self.pool, self.next = Pool(STATES[0, :1], STATES[1, :1], block_size=4, limit=limit), 0
+        self.pool, self.next = BlockPool(STATES[0, :1], STATES[1, :1], block_size=4, limit=limit), 0
         extents = Extents(self.pool, 2, 2, 2)
         extents.fill(np.array(lengths).reshape(2, 2, 2))
         self.all: list[tuple[Extents, Held]] = [(extents, [[[[] for _ in range(2)] for _ in range(2)] for _ in range(2)])]
@@ -145,7 +145,7 @@ TestBlocks.settings = settings(max_examples=60, stateful_step_count=25, deadline
 
 
 def test_consecutive_blocks_are_preferred():
-    pool = Pool(torch.zeros(1, 1), torch.zeros(1, 1))
+    pool = BlockPool(torch.zeros(1, 1), torch.zeros(1, 1))
     taken = pool.take(10)
     pool.release(taken[[1, 4, 5, 6]])
     assert pool.take(3).tolist() == taken[[4, 5, 6]].tolist()

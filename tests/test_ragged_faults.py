@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import kvfx
 from decoding import fresh_llama, tokens
 from kvfx import extents, ragged_step, runner
+from kvfx.block_pool import BlockPool
 from kvfx.extents import Extents
 from kvfx.passes import capture
-from kvfx.pool import Pool
 from kvfx.ragged_cache import RaggedCache
 
 Step = Callable[[RaggedCache], Any]
@@ -191,9 +191,9 @@ def fragile_host(monkeypatch: pytest.MonkeyPatch, owner: Any, attribute: str) ->
 
 
 HOST = [
-    (Pool, "_grow"), (Pool, "copy_blocks"), (Extents, "make_room"), (Extents, "reserve"), (Extents, "adopt"), (Extents, "grow"),
-    (Extents, "_uploaded"), (extents, "work_list"), (ragged_step, "traced_view"), (runner.Runner, "_check_after"), (runner, "took"),
-    (runner, "push_empty_left"),
+    (BlockPool, "_grow"), (BlockPool, "copy_blocks"), (Extents, "make_room"), (Extents, "reserve"), (Extents, "adopt"),
+    (Extents, "grow"), (Extents, "_uploaded"), (extents, "work_list"), (ragged_step, "traced_view"),
+    (runner.Runner, "_check_after"), (ragged_step, "took"), (ragged_step, "push_empty_left"),
 ]  # fmt: skip
 
 
