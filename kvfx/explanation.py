@@ -19,7 +19,7 @@ import kvfx
 from kvfx.params import write_number
 from kvfx.passes.attention import ATTENTION_RULES
 from kvfx.passes.report import Refusal, Report, Site
-from kvfx.policy import Policy
+from kvfx.policy import PREFILL, Policy
 
 LONG = 100_000  # a prompt of so many tokens shows the share of a pyramid's layer to three digits
 # What differs between refusals that are one for a reader: layer numbers and the numbers behind the names of nodes.
@@ -90,14 +90,16 @@ class Explanation:
 
     @property
     def layout(self) -> str:
-        """Of the caches that `compress` and `generate` make by themselves: "ragged" where heads compete, else "dense"."""
-        return "ragged" if self.policy.budget is not None and self.policy.budget.pool == "heads" else "dense"
+        """Of the caches that `compress` and `generate` make by themselves: "ragged" where heads compete, or "dense"."""
+        return "ragged" if self.policy.budget is not None and self.policy.budget.pool in ("heads", "blocks") else "dense"
 
     def competition(self) -> str:
         """Who competes for what is kept, and what each is sure of; nothing where nobody does."""
         budget = self.policy.budget
         if budget is None or budget.pool == "uniform" or not self.report.compressed:
             return ""
+        if budget.pool == "blocks":
+            return self._blocks()
         floor = [f"{write_number(budget.floor)} of that"] if budget.floor else []
         least = [f"{budget.sure} slot{'s' * (budget.sure > 1)}"] if budget.sure else []
         sure = " and of ".join([*floor, *least]) or "nothing but protected tokens"
@@ -107,6 +109,18 @@ class Explanation:
         if budget.pool == "layers":
             text += " The cut follows after the last layer has been scored, so at its peak a prefill holds the whole cache."
         return text
+
+    def _blocks(self) -> str:
+        text = (
+            "What a row keeps is the mean: all heads of all layers compete for whole blocks of slots, layout ragged, and each is "
+            "sure of a block. What stays is written after the last layer has been scored, so at its peak a prefill holds the whole "
+            "cache."
+        )
+        if self.policy.when == PREFILL:
+            return text
+        often = self.policy.when.arg
+        again = f"After every {often} tokens" if often else "When a pool has no room for the next token"
+        return text + f" {again} blocks are evicted again, by what attention has paid to their slots since."
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON-ready data; every key is always there."""

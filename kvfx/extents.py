@@ -136,6 +136,13 @@ class Extents:
         self.lengths = self.lengths + new
         self._changed()
 
+    def measure(self, received: Sequence[Tensor]) -> None:
+        """Note what attention slots have received, of each layer `[sum of lengths]` float32, extent behind extent."""
+        numbers = received[0].new_zeros(*self.lengths.shape, max(1, int(self.lengths.max())))
+        there = torch.from_numpy(np.arange(numbers.shape[3]) < self.lengths[..., None]).to(numbers.device)
+        numbers[there] = torch.cat(list(received))
+        self.metric = Metric.of_slots(numbers, self.lengths, chunk_of(self.pool.block_size))
+
     def part(self, where: tuple[np.ndarray, ...]) -> None:
         """Own a copy of each block at `where`, indices into `table`, in place of one that others hold too.
 
@@ -226,11 +233,15 @@ class Extents:
     def fork(self) -> Extents:
         """Extents of the same slots that go their own way: blocks are shared until one of the two writes to them."""
         other = Extents(self.pool, *self.lengths.shape)
-        other.lengths, other.table = self.lengths.copy(), self.table.copy()
-        other._keep(self._needed(self.lengths))
+        other.take_over(self.lengths.copy(), self.table.copy())
         other.metric = self.metric
-        self.pool.share(other.blocks)
         return other
+
+    def take_over(self, lengths: np.ndarray, table: np.ndarray) -> None:
+        """Hold what others do, in the blocks that they have; there was nothing."""
+        self.lengths, self.table = lengths, table
+        self._keep(self._needed(lengths))
+        self.pool.share(self.blocks)
 
     def drop(self) -> None:
         """Own nothing any more."""

@@ -108,8 +108,10 @@ def ragged_to_dense(cache: RaggedCache) -> Cache:
     for layer in cache.layers:
         if isinstance(layer, RaggedLayer):
             other = CacheLayer()
-            other.store(layer.keys, layer.values)
-            other.prefix, other.next_position, other.evicted = layer.positions, cache.lengths_seen.clone(), layer.evicted
+            positions = layer.positions
+            order = positions.argsort(dim=-1, stable=True)  # blocks that were evicted leave slots in any order
+            other.store(gather_slots(layer.keys, order), gather_slots(layer.values, order))
+            other.prefix, other.next_position, other.evicted = positions.gather(2, order), cache.lengths_seen.clone(), layer.evicted
             dense.has_empty |= bool((other.prefix < 0).any())
             dense.layers.append(other)
         else:

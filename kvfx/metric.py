@@ -50,7 +50,7 @@ class Metric:
         return self.received.shape[2]
 
     def slots(self, tokens: int) -> Tensor:
-        """The numbers of the first `tokens` slots of each extent, `[L, B, Hkv, tokens]`; 0 where there are none."""
+        """The numbers of the first `tokens` slots of each extent, `[L, B, Hkv, tokens]`; 0 where there are no chunks for them."""
         merge = torch.from_numpy(self.merge).to(self.received.device).long()
         layer = torch.arange(len(merge), device=merge.device).view(-1, 1, 1, 1)
         pieces = self.received[layer, merge.clamp(min=0)].masked_fill((merge < 0)[..., None], 0).flatten(3)

@@ -16,7 +16,7 @@ from kvfx.errors import CacheMismatch, InputError
 from kvfx.extents import Extents
 from kvfx.layouts import ragged_to_dense
 from kvfx.pool import Pool
-from kvfx.ragged_layer import STATE, RaggedLayer
+from kvfx.ragged_layer import METRIC, STATE, RaggedLayer
 
 NOT_STOCK = "the heads of this cache hold unequally many slots in blocks, which no stock model can read. "
 
@@ -109,7 +109,8 @@ class RaggedCache(Cache):
         states: dict[int, dict[str, Any]] = {}
         for index, facts in enumerate(about["layers"]):
             if facts.get("ragged"):
-                states[index] = {name: tensors[f"layers.{index}.{name}"] for name in STATE}
+                held = {name: tensors.get(f"layers.{index}.{name}") for name in (*STATE, METRIC)}
+                states[index] = {name: tensor for name, tensor in held.items() if tensor is not None}
                 cache.layers.append(Parts(states[index]))
             else:
                 cache.layers.append(CacheLayer.of_state(index, tensors, facts))
@@ -136,6 +137,8 @@ class RaggedCache(Cache):
         for extents in self.extents:
             mine = [index for index, layer in made.items() if layer.extents is extents]
             extents.fill(np.stack([states[index]["lengths"].cpu().numpy() for index in mine]))
+            if all(METRIC in states[index] for index in mine):
+                extents.measure([states[index][METRIC] for index in mine])
         for index, layer in made.items():
             layer.tokens = tokens[index]
             layer.write(*(states[index][name] for name in STATE[:3]))
@@ -186,6 +189,13 @@ class RaggedCache(Cache):
         other.__dict__.update(self.__dict__)
         other.layers = [layer.copy() for layer in self.layers]
         return other
+
+    @staticmethod
+    def join(caches: Sequence[RaggedCache]) -> RaggedCache:
+        """The rows of several caches of one pool in one, see `kvfx.joined.join`; `batch_select_indices` lets rows leave."""
+        from kvfx.joined import join  # which knows caches
+
+        return join(caches)
 
     def copy(self) -> RaggedCache:
         """A cache that goes its own way from here. Cheap: blocks are shared until one of the two writes to them."""

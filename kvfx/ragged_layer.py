@@ -10,6 +10,7 @@ from kvfx.cache_layer import CacheLayer, Rows
 from kvfx.extents import Extents
 
 STATE = ("keys", "values", "positions", "lengths")
+METRIC = "metric"  # which is there where a policy goes by it
 
 
 class RaggedLayer(CacheLayer):
@@ -77,10 +78,17 @@ class RaggedLayer(CacheLayer):
         return states.flatten(0, 1)[slot].masked_fill(~there[..., None], empty)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors by name, without a slot that nobody fills: `[sum of lengths, D]`, `lengths` `[B, Hkv]`."""
+        """The tensors by name, without a slot that nobody fills: `[sum of lengths, D]`, `lengths` `[B, Hkv]`.
+
+        Where a policy goes by it also `metric`, what attention each slot has received, `[sum of lengths]`.
+        """
         slots = torch.from_numpy(self.extents.slots(self.index)).to(self.device)
         held = [tensor.flatten(0, 1)[slots] for tensor in self.extents.pool.tensors()]
-        return dict(zip(STATE, (*held, self.lengths), strict=True))
+        state = dict(zip(STATE, (*held, self.lengths), strict=True))
+        if self.extents.metric is not None:
+            numbers = self.extents.metric.slots(self.slots)[self.index]
+            state[METRIC] = numbers[torch.arange(self.slots, device=self.device) < self.lengths[..., None]]
+        return state
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Fill all slots, given as `state` has them."""

@@ -24,7 +24,9 @@ def rows(draw: st.DrawFn, heads: int) -> tuple[Row, list[int], int]:
     row = []
     for _ in range(heads):
         length = draw(st.integers(0, SLOTS))
-        scores = draw(st.lists(st.sampled_from([0.0, -0.0, 0.25, 0.5, 1e-40, -3.0, 7.0, math.inf]), min_size=length, max_size=length))
+        scores = draw(
+            st.lists(st.sampled_from([0.0, -0.0, 0.25, 0.5, 1e-40, -3.0, 7.0, math.inf]), min_size=length, max_size=length)
+        )
         positions = draw(st.permutations(range(SLOTS)))
         row.append(list(zip(scores, positions, strict=False)))
     return row, [draw(st.integers(0, 9)) for _ in range(heads)], draw(st.integers(-2, 3 * heads))
@@ -83,7 +85,9 @@ def test_rows_give_up_their_cheapest_blocks(drawn):
             assert gone == expected[h]
             assert not kept[b, h, len(head) :].any()
             assert not any(head[slot][0] == math.inf for slot in gone)  # protected
-        freed = sum(-(-(n + len(head)) // block) - -(-(n + int(k)) // block) for n, head, k in zip(before, row, lengths[b], strict=True))
+        freed = sum(
+            -(-(n + len(head)) // block) - -(-(n + int(k)) // block) for n, head, k in zip(before, row, lengths[b], strict=True)
+        )
         assert freed <= max(count, 0)
 
 
