@@ -174,10 +174,10 @@ MAKE: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
     "ragged_attention": blocks_held,
     "ragged_probabilities": lambda sizes: told(blocks_held(sizes)),
     "window_attention": lambda sizes: (
-        sizes.queries(), sizes.keys(), None, sizes.valid(), WINDOW, None, "mean", "mean", 5, "avg",
+        sizes.queries(), sizes.keys(), None, sizes.valid(), WINDOW, 0, None, "mean", "mean", 5, "avg",
     ),
     "column_attention": lambda sizes: (
-        sizes.queries(), sizes.keys(), None, sizes.valid(), None, None, "count", "mean", 1, "avg",
+        sizes.queries(), sizes.keys(), None, sizes.valid(), None, 0, None, "count", "mean", 1, "avg",
     ),
     "chunk_attention": lambda sizes: (sizes.queries(), sizes.keys(), sizes.keys(), sizes.valid(), CHUNK, 1.0, 3),
     "leverage": lambda sizes: (sizes.keys(), sizes.valid(), sizes.sketch(), 512),
@@ -205,6 +205,17 @@ RAGGED = {
     "blocks of 48": (lambda sizes: blocks_held(sizes, 48), LLAMA),
 }
 
+# The metrics of KV-Compress: squares of 8 queries, or of all but those right behind a key, summed over heads.
+SQUARES: dict[str, Callable[[Sizes], tuple[Any, ...]]] = {
+    "window_attention": lambda sizes: (
+        sizes.queries(), sizes.keys(), None, sizes.valid(), 8, 0, None, "squares", "sum", 7, "max",
+    ),
+    "column_attention": lambda sizes: (
+        sizes.queries(), sizes.keys(), None, sizes.valid(), None, 10, None, "squares", "sum", 1, "avg",
+    ),
+}  # fmt: skip
+
 CASES = [Case(op, name, make, sizes) for op, make in MAKE.items() for name, sizes in SIZES.items()]
 CASES += [Case("ragged_attention", name, make, Sizes(dims, torch.bfloat16)) for name, (make, dims) in RAGGED.items()]
 CASES.append(Case("ragged_probabilities", "masked", lambda sizes: told(blocks_masked(sizes)), Sizes(LLAMA, torch.bfloat16)))
+CASES += [Case(op, "squares", make, Sizes(LLAMA, torch.bfloat16)) for op, make in SQUARES.items()]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .columns import COLUMN_REDUCE, join_heads, known, weigh
+from .columns import COLUMN_REDUCE, distance, joined, known
 from .op import KernelOp, samples
 from .rows import from_front, places, ranks, to_front
 
@@ -14,6 +14,7 @@ def column_attention(
     value: Tensor | None,
     valid: Tensor | None,
     lse: Tensor | None,
+    buffer: int,
     scale: float | None,
     reduce: str,
     heads: str,
@@ -25,7 +26,8 @@ def column_attention(
     The accumulated attention of H2O (Zhang et al., arXiv:2306.14048), over the prompt. No [S, S] is made: with L_i the
     log-sum-exp of query i, key j receives sum over i >= j of exp(q_i k_j - L_i), which is the exponential of a
     log-sum-exp again, of an attention in which keys ask queries. One more channel carries -L_i against 1, and the
-    reversed order turns i >= j into a causal mask; so both log-sum-exps come from flash attention.
+    reversed order turns i >= j into a causal mask; so both log-sum-exps come from flash attention. With a buffer, which
+    KV-Compress (Rehg, arXiv:2410.00161) has, query i stands in the place of i - buffer.
 
     Args:
         query: [B, Hq, S, D], any float dtype and strides; head h*G + g belongs to KV head h.
@@ -34,10 +36,13 @@ def column_attention(
         valid: [B, S] bool, False at padding; None means every token is real.
         lse: log-sum-exp of the row's own causal attention with this scale, [B, Hq, S] float32, for rows without padding;
             None computes it.
+        buffer: queries that do not count for a key, itself and those right behind it, though they pay: of tokens i and j,
+            numbered in their row, query i counts for key j if i >= j + buffer. 0 counts all that see it.
         scale: factor on the logits; None means 1/sqrt(D).
-        reduce: over the queries: `sum`, `count` (the mean over those that see the token) or `squares`.
+        reduce: over the queries: `sum`, `count` (the mean over those that count for the token) or `squares`. A token for
+            which none counts gets 0.
         heads: over query heads, then: `mean` or `max` of the group, or `layer`, the mean over all query heads, the
-            same for every KV head.
+            same for every KV head; or at the very end, behind the pooling of each query head, `sum` over the group.
         pool: odd width of the pooling over neighbouring real tokens at the end; 1 means none.
         pool_kind: `avg` (the number of real taps divides) or `max`.
 
@@ -47,11 +52,13 @@ def column_attention(
     Numerics: float32 throughout; a weight's relative error is that of its logit plus that of L_i, as in any softmax
     from a stored log-sum-exp.
     Cost: one causal attention over float32 queries and keys, 2*B*Hq*S*S*D flops, and one more without `lse`; O(S) scratch
-    beside copies of both.
+    beside copies of both,
+    with a buffer one more of the queries.
     The device decides which flash attention gives the log-sum-exp: on a CPU `_scaled_dot_product_flash_attention_for_
     cpu`, which exists nowhere else; on CUDA the memory-efficient one, which takes float32 where flash does not.
     """
     known("reduce", reduce, COLUMN_REDUCE)
+    buffer = distance(buffer)
     groups, tokens, width = key.shape[1:]
     rank, length = ranks(valid, tokens, key.device)
     place = places(valid)
@@ -64,6 +71,10 @@ def column_attention(
     total = _causal_log_sum_exp(query, key) if lse is None else lse
     if place is not None:
         total = total.masked_fill(absent, 1e30)  # absent queries pay nothing, and absent keys have no other asker
+    if buffer:  # the first leave, and at the end others that pay nothing take their places; no slice, whose length is a guard
+        slot = torch.arange(tokens, device=key.device) + buffer
+        within = slot.clamp(max=tokens - 1)
+        query, total = query[:, :, within], total[:, :, within].masked_fill(slot >= tokens, 1e30)
     factor = 2 if reduce == "squares" else 1
     extra = 8 - width % 8  # flash attention likes multiples of 8
     channels = torch.nn.functional.pad(-total[..., None], (0, extra - 1))
@@ -72,8 +83,8 @@ def column_attention(
     columns = _causal_log_sum_exp(asking.flip(2), asked.flip(2)).flip(2).exp()
     columns = from_front(columns, place).unflatten(1, (groups, -1))
     if reduce == "count":
-        columns = columns / (length - rank).clamp(min=1)[:, None, None]
-    return weigh(join_heads(columns, heads), value, valid, pool, pool_kind)
+        columns = columns / (length - rank - buffer).clamp(min=1)[:, None, None]
+    return joined(columns, heads, value, valid, pool, pool_kind)
 
 
 def _causal_log_sum_exp(query: Tensor, key: Tensor) -> Tensor:
@@ -89,13 +100,13 @@ def _causal_log_sum_exp(query: Tensor, key: Tensor) -> Tensor:
 def _inputs(dims, dtype, device, seed):
     B, H, G, S, D = dims
     query, key, value = samples(dtype, device, seed, (B, H * G, S, D), (B, H, S, D), (B, H, S, D))
-    return query, key, value, None, None, None, "count", "mean", 1, "avg"
+    return query, key, value, None, None, 0, None, "count", "mean", 1, "avg"
 
 
 OP = KernelOp(
     "column_attention",
-    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, Tensor? lse, float? scale, str reduce, str heads, "
-    "int pool, str pool_kind) -> Tensor",
+    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, Tensor? lse, int buffer, float? scale, str reduce, "
+    "str heads, int pool, str pool_kind) -> Tensor",
     column_attention,
     _inputs,
     triton="column_attention_triton:column_attention",

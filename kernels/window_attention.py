@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .columns import WINDOW_REDUCE, join_heads, known, weigh
+from .columns import WINDOW_REDUCE, distance, joined, known
 from .op import KernelOp, samples
 from .rows import places, ranks, sources, stored
 
@@ -14,6 +14,7 @@ def window_attention(
     value: Tensor | None,
     valid: Tensor | None,
     window: int,
+    buffer: int,
     scale: float | None,
     reduce: str,
     heads: str,
@@ -24,7 +25,8 @@ def window_attention(
 
     The observation window of SnapKV (Li et al., arXiv:2404.14469); one query and all heads give TOVA (Oren et al.,
     arXiv:2401.06104). A row shorter than the window asks with all its queries. The window's own tokens get what the
-    formula gives: protecting them is not done here.
+    formula gives: protecting them is not done here. Squares that are summed over heads, each pooled by itself, give the
+    metric of KV-Compress (Rehg, arXiv:2410.00161).
 
     Args:
         query: [B, Hq, S, D], any float dtype and strides; head h*G + g belongs to KV head h.
@@ -32,11 +34,13 @@ def window_attention(
         value: [B, Hkv, S, Dv]; if given, scores are multiplied by the L2 norm of the token's value before pooling.
         valid: [B, S] bool, False at padding; None means every token is real.
         window: queries that ask.
+        buffer: queries that do not count for a key, itself and those right behind it, though they pay: of tokens i and j,
+            numbered in their row, query i counts for key j if i >= j + buffer. 0 counts all that see it.
         scale: factor on the logits; None means 1/sqrt(D).
-        reduce: over the window's queries: `mean`, `sum`, `max`, `count` (the mean over those that see the token) or
-            `squares` (the sum of squares).
+        reduce: over the window's queries: `mean`, `sum`, `max`, `count` (the mean over those that count for the token)
+            or `squares` (the sum of squares). `mean` divides by all queries that ask. A token for which none counts gets 0.
         heads: over query heads, then: `mean` or `max` of the group, or `layer`, the mean over all query heads, the
-            same for every KV head.
+            same for every KV head; or at the very end, behind the pooling of each query head, `sum` over the group.
         pool: odd width of the pooling over neighbouring real tokens at the end; 1 means none.
         pool_kind: `avg` (the number of real taps divides) or `max`.
 
@@ -47,6 +51,7 @@ def window_attention(
     Cost: 2*B*Hq*window*S*D flops, B*Hq*window*S floats of scratch.
     """
     known("reduce", reduce, WINDOW_REDUCE)
+    buffer = distance(buffer)
     groups, tokens, width = key.shape[1:]
     rank, length = ranks(valid, tokens, key.device)
     asks = length - window + torch.arange(window, device=key.device)  # ranks of the queries; negative: none there
@@ -63,9 +68,11 @@ def window_attention(
         key = key.masked_fill(~valid[:, None, :, None], 0)  # padding may hold NaN
         rank = torch.where(valid, rank, tokens)  # behind every query
     logits = (rows @ key.transpose(-2, -1)).unflatten(2, (-1, window))  # [B, Hkv, G, W, S]
-    behind = (stored(rank.float())[:, None] - asks[..., None].float()).relu()  # [B or 1, W, S], 0 where a query sees
-    logits = logits - behind[:, None, None] * 1e30
+    behind = stored(rank.float())[:, None] - asks[..., None].float()  # [B or 1, W, S], above 0 where a query does not see
+    logits = logits - behind.relu()[:, None, None] * 1e30
     total = torch.where(asks[:, None, None, :, None] < 0, 1e30, logits.logsumexp(-1, keepdim=True))  # no query pays nothing
+    if buffer:  # all that a query sees has its share, but not all is counted
+        logits = logits - (behind + buffer).relu()[:, None, None] * 1e30
     weights = (logits - total).exp()
     asked = length.clamp(1, window)
     if reduce == "max":
@@ -77,20 +84,20 @@ def window_attention(
     elif reduce == "mean":
         columns = weights.sum(3) / asked[:, None, None]
     else:
-        columns = weights.sum(3) / torch.minimum(asked, length - rank).clamp(min=1)[:, None, None]
-    return weigh(join_heads(columns, heads), value, valid, pool, pool_kind)
+        columns = weights.sum(3) / torch.minimum(asked, length - rank - buffer).clamp(min=1)[:, None, None]
+    return joined(columns, heads, value, valid, pool, pool_kind)
 
 
 def _inputs(dims, dtype, device, seed):
     B, H, G, S, D = dims
     query, key, value = samples(dtype, device, seed, (B, H * G, S, D), (B, H, S, D), (B, H, S, D))
-    return query, key, value, None, 16, None, "mean", "mean", 5, "avg"
+    return query, key, value, None, 16, 0, None, "mean", "mean", 5, "avg"
 
 
 OP = KernelOp(
     "window_attention",
-    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, int window, float? scale, str reduce, str heads, "
-    "int pool, str pool_kind) -> Tensor",
+    "(Tensor query, Tensor key, Tensor? value, Tensor? valid, int window, int buffer, float? scale, str reduce, "
+    "str heads, int pool, str pool_kind) -> Tensor",
     window_attention,
     _inputs,
     triton="window_attention_triton:window_attention",

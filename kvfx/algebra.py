@@ -57,9 +57,15 @@ class Atom:
         """The atom's row in `SCORES`."""
         return SCORES[self.name]
 
+    @property
+    def stated(self) -> tuple[tuple[str, Value], ...]:
+        """The values that text and data state: all but those of `silent` parameters at their defaults."""
+        silent = {(param.name, param.default) for param in self.row.params if param.silent}
+        return tuple(item for item in self.values if item not in silent)
+
     def __str__(self) -> str:
         bare = {param.name for param in self.row.params if param.bare}
-        words = [(name, str(value) if isinstance(value, Word) else write_number(value)) for name, value in self.values]
+        words = [(name, str(value) if isinstance(value, Word) else write_number(value)) for name, value in self.stated]
         args = ", ".join(text if name in bare else f"{name}={text}" for name, text in words)
         return f"{self.name}({args})" if args else self.name
 
@@ -158,8 +164,8 @@ def to_data(score: Score) -> Any:
             return {"splice": {"first": to_data(first), "then": to_data(then), "share": plain(share)}}
         case Combine(op, left, right):
             return {op: [to_data(left), to_data(right)]}
-        case Atom(name, values):
-            return {name: {key: plain(value) for key, value in values}}
+        case Atom(name):
+            return {name: {key: plain(value) for key, value in score.stated}}
 
 
 def from_data(data: Any) -> Score:

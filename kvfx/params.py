@@ -149,9 +149,18 @@ def words(names: str) -> OneOf:
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter of an atom. `bare`: written without its name, as `48` in `leverage(48, ...)`."""
+    """A parameter of an atom.
+
+    Attributes:
+        name: its name.
+        default: its value where none is given.
+        takes: which values it takes.
+        bare: written without its name, as `48` in `leverage(48, ...)`.
+        silent: not written at its default, so that what was canonical before there was the parameter still is.
+    """
 
     name: str
     default: Value
     takes: Int | Real | OneOf
     bare: bool = False
+    silent: bool = False

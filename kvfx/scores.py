@@ -24,11 +24,13 @@ def _key_norm(args: Args, keep: Fraction | None) -> OpCall:
 
 
 # What `attn` takes beside each q, one row per kernel op.
-_ATTENTION = {
-    "chunk": {"mask": ("none",), "over": ("sum",), "heads": ("sum",), "pool": ("avg", "none"), "scale": ("a number",)},
-    "win": {"mask": ("causal",), "over": ("sum", "mean", "max", "count", "squares"), "heads": ("mean", "max", "layer")},
-    "all": {"mask": ("causal",), "over": ("sum", "count", "squares"), "heads": ("mean", "max", "layer")},
-}
+_ATTENTION: dict[str, dict[str, tuple[str, ...]]] = {
+    "chunk": {
+        "mask": ("none",), "over": ("sum",), "heads": ("sum",), "pool": ("avg", "none"), "scale": ("a number",), "buffer": ("0",),
+    },
+    "win": {"mask": ("causal",)},
+    "all": {"mask": ("causal",), "over": ("sum", "count", "squares")},
+}  # fmt: skip
 
 
 def _attention(args: Args, keep: Fraction | None) -> OpCall:
@@ -36,8 +38,8 @@ def _attention(args: Args, keep: Fraction | None) -> OpCall:
     form = "win" if q.name == "last" else q.name
     wrong = []
     for name, built in _ATTENTION[form].items():
-        given = args[name].name if isinstance(args[name], Word) else "a number"
-        if given not in built:
+        given = (args[name].name,) if isinstance(args[name], Word) else ("a number", str(args[name]))
+        if not set(given) & set(built):
             wrong.append(f"{name}={args[name]} is not built, {name} takes {' or '.join(built)}")
     if wrong:
         raise PolicyError(f"attn with q={q}: {'; '.join(wrong)}.")
@@ -47,7 +49,7 @@ def _attention(args: Args, keep: Fraction | None) -> OpCall:
     if form == "chunk":
         return OpCall("chunk_attention", taps, options=(("chunk", q.arg), *factor, *width))
     reduce = (("reduce", args["over"].name), ("heads", args["heads"].name))
-    options = (*factor, *reduce, *width, ("pool_kind", "avg" if pool == Word("none") else pool.name))
+    options = (("buffer", args["buffer"]), *factor, *reduce, *width, ("pool_kind", "avg" if pool == Word("none") else pool.name))
     if form == "win":
         return OpCall("window_attention", taps, options=(("window", q.arg or 1), *options))
     return OpCall("column_attention", taps, options=options)
@@ -95,7 +97,8 @@ SCORES: dict[str, ScoreRow] = {
         summary=(
             "attention that a token receives from the queries `q`: of its own chunk (`mask=none`), of the last n, "
             "of the last one or of all (`mask=causal`); reduced `over` those queries, then over query `heads` "
-            "(`layer`: all of the layer), then weighted by `v`, then pooled. `scale=model` is the model's own"
+            "(`layer`: all of the layer), then weighted by `v`, then pooled; but heads are summed last, each pooled by itself, "
+            "where the mask is causal. A query less than `buffer` tokens behind does not count. `scale=model` is the model's own"
         ),
         params=(
             Param("q", Word("chunk", 256), OneOf({"chunk": Int(1), "win": Int(1), "last": None, "all": None})),
@@ -105,11 +108,13 @@ SCORES: dict[str, ScoreRow] = {
             Param("v", Word("norm"), words("norm none")),
             Param("pool", Word("avg", 3), OneOf({"avg": Int(1, odd=True), "max": Int(1, odd=True), "none": None})),
             Param("scale", 1, OneOf({"model": None}, number=Real())),
+            Param("buffer", 0, Int(), silent=True),
         ),
         lower=_attention,
         source=(
             "chunk: Compactor, arXiv:2507.08143, section on non-causal attention; kvpress NonCausalAttnPress. "
-            "win: SnapKV, arXiv:2404.14469. last: TOVA, arXiv:2401.06104. all: H2O, arXiv:2306.14048"
+            "win: SnapKV, arXiv:2404.14469. last: TOVA, arXiv:2401.06104. all: H2O, arXiv:2306.14048. "
+            "squares, heads=sum, buffer: KV-Compress, arXiv:2410.00161"
         ),
         cost="multiply-adds per query head: 2 D chunk; D win; D S for all, one attention more, two under padding",
     ),

@@ -587,6 +587,9 @@ def variants(op, dims: Dims, dtype: torch.dtype = torch.float32, seed: int = 0) 
     if "valid" in names:
         valid = torch.rand(dims.B, dims.S, generator=generator) < 0.7
         found.append(("padded", replaced(plain, names.index("valid"), valid)))
+    if "buffer" in names:
+        arguments = replaced(found[-1][1], names.index("buffer"), 3)
+        found.append(("buffered", replaced(arguments, names.index("heads"), "sum")))
     if "counts" in names and "slots" in names:
         slots = plain[names.index("slots")]
         counts = torch.randint(0, slots.shape[-1] + 1, (dims.B,), generator=generator)

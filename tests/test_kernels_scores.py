@@ -22,6 +22,7 @@ kvfx = torch.ops.kvfx
 class Columns(NamedTuple):
     """How attention is reduced to one score per key."""
 
+    buffer: int
     scale: float | None
     reduce: str
     heads: str
@@ -32,9 +33,10 @@ class Columns(NamedTuple):
 def columns(reduce: tuple[str, ...]):
     return st.builds(
         Columns,
+        st.sampled_from([0, 0, 1, 3, 10]),
         st.sampled_from([None, 0.35]),
         st.sampled_from(reduce),
-        st.sampled_from(["mean", "max", "layer"]),
+        st.sampled_from(["mean", "max", "sum", "layer"]),
         st.sampled_from([1, 3, 7]),
         st.sampled_from(["avg", "max"]),
     )
@@ -51,22 +53,26 @@ def slow_columns(query, key, value, valid, window: int | None, how: Columns, dty
         received = torch.zeros(heads, group, n, dtype=dtype)
         for h, g in itertools.product(range(heads), range(group)):
             logits = scale * q[h * group + g] @ k[h].T
-            weights = torch.softmax(logits.masked_fill(future, -torch.inf), -1)[-min(window or n, n) :]
-            sees = ~future[-min(window or n, n) :]
+            counts = torch.ones(n, n, dtype=dtype).tril(-how.buffer)[-min(window or n, n) :]
+            weights = torch.softmax(logits.masked_fill(future, -torch.inf), -1)[-min(window or n, n) :] * counts
             received[h, g] = {
                 "mean": weights.mean(0),
                 "sum": weights.sum(0),
                 "max": weights.amax(0),
                 "squares": (weights * weights).sum(0),
-                "count": weights.sum(0) / sees.sum(0),
+                "count": weights.sum(0) / counts.sum(0).clamp(min=1),
             }[how.reduce]
+        norm = torch.ones(heads, n, dtype=dtype) if v is None else (v * v).sum(-1).sqrt()
+        if how.heads == "sum":
+            return pooled(received * norm[:, None]).sum(1)
         score = received.amax(1) if how.heads == "max" else received.mean(1)
         if how.heads == "layer":
             score = score.mean(0).repeat(heads, 1)
-        if v is not None:
-            score = score * (v * v).sum(-1).sqrt()
+        return pooled(score * norm)
+
+    def pooled(score):
         half = how.pool // 2
-        around = [score[:, max(0, j - half) : j + half + 1] for j in range(n)]
+        around = [score[..., max(0, j - half) : j + half + 1] for j in range(score.shape[-1])]
         return torch.stack([x.mean(-1) if how.pool_kind == "avg" else x.amax(-1) for x in around], -1)
 
     return rows_alone(row, [query, key] if value is None else [query, key, value], valid, dtype)
@@ -97,9 +103,9 @@ def test_column_attention_matches_its_definition_row_by_row(op, case, weighted, 
         assert_within_rounding(op(*arguments, lse, *how), low, exact)
 
 
-# Both operators in the same form, and what they take between `valid` and `scale`: a window, or a log-sum-exp.
+# Both operators in the same form, and what they take between `valid` and `scale`: a window or a log-sum-exp, and a buffer.
 BOTH = list(zip(forms_of("window_attention"), forms_of("column_attention"), strict=True))
-BEFORE_SCALE = {"window_attention": (8,), "column_attention": (None,)}
+BEFORE_SCALE = {"window_attention": (8, 0), "column_attention": (None, 0)}
 
 
 @given(cases())
@@ -124,7 +130,7 @@ def test_attention_with_its_log_sum_exp_is_the_attention_bit_for_bit(case):
 def test_column_attention_stays_exact_over_thousands_of_tokens(op, reduce, size):
     tokens = 900 if op.kernel else 2500  # the interpreter takes its time
     query, key = Case(Dims(), torch.float32, "none", False, 0).draw((1, 2, tokens, 64), (1, 1, tokens, 64))
-    how = Columns(None, reduce, "mean", 1, "avg")
+    how = Columns(0, None, reduce, "mean", 1, "avg")
     exact, low = (slow_columns(size * query, size * key, None, None, None, how, d) for d in (torch.float64, torch.float32))
     assert_within_rounding(op(size * query, size * key, None, None, None, *how), low, exact)
 
@@ -133,7 +139,7 @@ def test_column_attention_stays_exact_over_thousands_of_tokens(op, reduce, size)
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_queries_give_away_one_each_and_a_window_of_all_is_the_column(tokens, window_attention, column_attention):
     query, key, *_ = OPS["column_attention"].inputs(Dims(S=tokens), torch.float32, "cpu", tokens)
-    how = Columns(None, "sum", "mean", 1, "avg")
+    how = Columns(0, None, "sum", "mean", 1, "avg")
     column = column_attention(query, key, None, None, None, *how)
     window = window_attention(query, key, None, None, 64, *how)
     assert (column >= 0).all()
@@ -170,26 +176,108 @@ def test_unknown_reductions_are_refused(op, option, value):
         op(*arguments)
 
 
+# The metric of KV-Compress, arXiv:2410.00161.
+
+
+def kv_compress(query, key, window: int, reduce: str, heads: str, buffer: int, dtype) -> Tensor:
+    """Of one row without padding, [Hq, n, D] and [Hkv, n, D]: its formula with pools of 7, a number at a time."""
+    query, key = query.to(dtype), key.to(dtype)
+    group, n = query.shape[0] // key.shape[0], key.shape[1]
+    received = torch.zeros(query.shape[0], n, dtype=dtype)
+    for head in range(query.shape[0]):
+        for i in range(max(0, n - window), n):
+            exponentials = (key[head // group, : i + 1] @ query[head, i] / query.shape[-1] ** 0.5).exp()
+            for j in range(i + 1):
+                if i >= j + buffer:
+                    paid = exponentials[j] / exponentials.sum()
+                    received[head, j] += paid**2 if reduce == "squares" else paid
+    score = torch.zeros(key.shape[0], n, dtype=dtype)
+    for head in range(key.shape[0]):
+        mine = received[head * group : (head + 1) * group]
+        for j in range(n):
+            near = slice(max(0, j - 3), j + 4)
+            if heads == "sum":
+                score[head, j] = sum(one[near].max() for one in mine)
+            else:
+                score[head, j] = (mine.sum(0) / group)[near].max()
+    return score
+
+
+@pytest.mark.parametrize("buffer", [0, 3, 10])
+@pytest.mark.parametrize("heads", ["sum", "mean"])
+@pytest.mark.parametrize("reduce", ["squares", "sum"])
+@forms("window_attention", "column_attention")
+def test_the_metric_of_kv_compress_is_its_formula_in_every_row(op, reduce, heads, buffer):
+    """Rows of one token, shorter than the window, as long, and longer; padding anywhere; two heads in a group."""
+    valid = torch.zeros(4, 21, dtype=torch.bool)
+    valid[0, 13] = valid[1, 4:9] = valid[2, ::3] = valid[3] = True
+    valid[2, 20] = True
+    case = Case(Dims(4, 2, 2, 21, 8), torch.bfloat16, "none", True, buffer)
+    query, key = (x.masked_fill(~valid[:, None, :, None], torch.nan) for x in case.draw((4, 4, 21, 8), (4, 2, 21, 8)))
+    window = 8 if op.name == "window_attention" else None
+    low, exact = torch.zeros(4, 2, 21), torch.zeros(4, 2, 21, dtype=torch.float64)
+    for row, real in enumerate(valid):
+        for answer in (low, exact):
+            answer[row][:, real] = kv_compress(
+                query[row][:, real], key[row][:, real], window or 21, reduce, heads, buffer, answer.dtype
+            )
+    assert_within_rounding(op(query, key, None, valid, window, buffer, None, reduce, heads, 7, "max"), low, exact)
+
+
+@forms("window_attention", "column_attention")
+def test_neighbours_are_pooled_in_each_query_head_before_these_are_summed(op):
+    """One head looks at token 10 and the other at token 12: between them both count."""
+    key = torch.zeros(1, 1, 30, 16)
+    key[0, 0, 10, 0] = key[0, 0, 12, 1] = 100
+    query = torch.zeros(1, 2, 30, 16)
+    query[0, 0, 20:, 0] = query[0, 1, 20:, 1] = 100
+    before = (8 if op.name == "window_attention" else None, 3)  # the last 8 queries, and those from 13 and 15 on
+    score = op(query, key, None, None, *before, None, "sum", "sum", 7, "max")[0, 0]
+    one = op(query, key, None, None, *before, None, "sum", "sum", 1, "max")[0, 0]
+    torch.testing.assert_close(score[9:14], (one[10] + one[12]).expand(5), rtol=0.3, atol=0)
+    assert (score[9:14] > 1.3 * one.max()).all()
+    assert (score[16:] < 0.1 * one.max()).all()
+
+
+@forms("window_attention", "column_attention")
+def test_a_buffer_beyond_the_row_leaves_no_query_that_counts(op):
+    query, key, value, *_ = OPS["window_attention"].inputs(Dims(), torch.float32, "cpu", 0)
+    for buffer in (37, 1000, 2**62):
+        for reduce in ("sum", "count", "squares"):
+            score = op(query, key, value, None, BEFORE_SCALE[op.name][0], buffer, None, reduce, "sum", 3, "avg")
+            assert torch.equal(score, torch.zeros(2, 2, 37))
+
+
+@forms("window_attention", "column_attention")
+def test_a_negative_buffer_is_refused(op):
+    query, key, *_ = OPS["window_attention"].inputs(Dims(), torch.float32, "cpu", 0)
+    with pytest.raises(ValueError, match="buffer=-1: expected 0, or"):
+        op(query, key, None, None, BEFORE_SCALE[op.name][0], -1, None, "sum", "sum", 3, "avg")
+
+
 # What kernels that take tiles of tokens could get wrong.
 
 
 @pytest.mark.parametrize(
-    ("tokens", "window", "width", "dtype", "padding"),
+    ("tokens", "window", "width", "dtype", "padding", "buffer"),
     [
-        (257, 64, 80, torch.bfloat16, "none"),  # a tile of keys and one token; the window ends in the second
-        (320, 65, 96, torch.float16, "left"),  # whole tiles; the window is a tile of queries and one
-        (255, 300, 256, torch.bfloat16, "interior"),  # a window longer than the row, in tiles of the widest heads
-        (129, 128, 80, torch.float32, "right"),  # channels in two parts and a half
-        (513, 1, 32, torch.float32, "interior"),  # the last piece is one token, and one query asks
+        # A tile of keys and one token; the window ends in the second; no query counts for one more tile than sees it.
+        (257, 64, 80, torch.bfloat16, "none", 64),
+        (320, 65, 96, torch.float16, "left", 1),  # whole tiles; the window is a tile of queries and one
+        (255, 300, 256, torch.bfloat16, "interior", 10),  # a window longer than the row, in tiles of the widest heads
+        (129, 128, 80, torch.float32, "right", 200),  # channels in two parts and a half; no query counts at all
+        (513, 1, 32, torch.float32, "interior", 65),  # the last piece is one token, and one query asks
     ],
 )
 @forms("window_attention", "column_attention")
-def test_tiles_end_where_they_should(op, tokens, window, width, dtype, padding):
+def test_tiles_end_where_they_should(op, tokens, window, width, dtype, padding, buffer):
     case = Case(Dims(2, 1, 3, tokens, width), dtype, padding, True, tokens)
     query, key = case.draw((2, 3, tokens, width), (2, 1, tokens, width))
     is_window = op.name == "window_attention"
-    for reduce, heads in (("max", "mean"), ("sum", "max")) if is_window else (("squares", "max"),):
-        how = Columns(None, reduce, heads, 1, "avg")
+    for reduce, heads, first in ("max", "mean", buffer), ("squares", "max", 0), ("sum", "sum", buffer):
+        if reduce == "max" and not is_window:
+            continue
+        how = Columns(first, None, reduce, heads, 1, "avg")
         exact, low = (
             slow_columns(query, key, None, case.valid(), window if is_window else None, how, dtype)
             for dtype in (torch.float64, torch.float32)
@@ -229,7 +317,7 @@ def test_a_given_log_sum_exp_is_what_queries_pay_by(op):
     lse = kvfx.attention_lse(query, key, key, None)[1].contiguous()
     shifted = torch.stack([lse + 1, lse], -1).transpose(1, 2).contiguous().transpose(1, 2)[..., 0]
     for reduce, factor in (("sum", 1), ("squares", 2)):
-        how = (None, reduce, "mean", 1, "avg")
+        how = (0, None, reduce, "mean", 1, "avg")
         expected = op(query, key, None, None, lse, *how) * math.exp(-factor)
         torch.testing.assert_close(op(query, key, None, None, shifted, *how), expected)
 
@@ -237,7 +325,7 @@ def test_a_given_log_sum_exp_is_what_queries_pay_by(op):
 @pytest.mark.parametrize("name", ["window_attention", "column_attention"])
 def test_kernels_of_columns_say_what_they_do_not_take(name):
     query, key, *rest = OPS[name].inputs(Dims(), torch.float32, "cpu", 0)
-    negative = [*rest[:3], -0.5, *rest[4:]]
+    negative = [*rest[:4], -0.5, *rest[5:]]
     assert OPS[name].refusal(query, key, *negative) == "the scale -0.5 is not positive"
     assert OPS[name].refusal(query.half(), key, *rest) == "queries are torch.float16 and keys torch.float32"
     assert OPS[name].refusal(query.double(), key.double(), *rest) == "torch.float64 is not one of float32, bfloat16 and float16"

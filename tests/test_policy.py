@@ -41,8 +41,14 @@ def words(names):
 def attention():
     """The combinations of `attn` that are built."""
     free = {param.name: values(param.takes) for param in SCORES["attn"].params}
-    causal = free | {"mask": words("causal"), "heads": words("mean max layer")}
-    chunk = {"q": values(OneOf({"chunk": Int(1)})), "mask": words("none"), "over": words("sum"), "heads": words("sum")}
+    causal = free | {"mask": words("causal")}
+    chunk = {
+        "buffer": st.just(0),
+        "q": values(OneOf({"chunk": Int(1)})),
+        "mask": words("none"),
+        "over": words("sum"),
+        "heads": words("sum"),
+    }
     average = values(OneOf({"avg": Int(1, odd=True), "none": None}))
     return st.one_of(
         st.fixed_dictionaries(causal | {"q": values(OneOf({"win": Int(1), "last": None}))}),
@@ -191,6 +197,15 @@ def test_labels_are_short(text, label):
     assert Policy.parse(label) == Policy.parse(text)
 
 
+def test_a_buffer_of_nothing_is_not_written_and_any_other_is():
+    score = "attn(q=win(8), mask=causal, over=squares, heads=sum, v=none, pool=max(7), scale=model{})"
+    plain, zero, ten = (Policy.parse(score.format(end) + " | budget=uniform(0.5)") for end in ("", ", buffer=0", ", buffer=10"))
+    assert plain == zero != ten
+    assert "buffer" not in str(zero) + zero.to_json()
+    assert str(ten).startswith(score.format(", buffer=10"))
+    assert ten.to_dict()["score"]["attn"]["buffer"] == 10
+
+
 def test_positional_and_named_arguments_are_the_same():
     one = Policy.parse("leverage(32, post) | budget=uniform(0.5)")
     assert one == Policy.parse("leverage(rope=post, size=32.0) | budget=uniform(50%)")
@@ -253,10 +268,15 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
         ("attn(q=gauss(64)) | budget=uniform(0.5)", r"attn\(q=gauss\(64\)\) is not built: q takes chunk\(n\)"),
         (
             "attn(q=win(64)) | budget=uniform(0.5)",
-            r"attn with q=win\(64\): mask=none is not built, mask takes causal; heads=sum is not built",
+            r"attn with q=win\(64\): mask=none is not built, mask takes causal\.",
         ),
         ("attn(q=all, mask=causal, over=max, heads=mean) | budget=uniform(0.5)", "over takes sum or count or squares"),
         ("attn(scale=model) | budget=uniform(0.5)", "scale=model is not built, scale takes a number"),
+        ("attn(buffer=10) | budget=uniform(0.5)", r"attn with q=chunk\(256\): buffer=10 is not built, buffer takes 0\."),
+        (
+            "attn(q=last, mask=causal, buffer=-1) | budget=uniform(0.5)",
+            r"attn\(buffer=-1\) is not built: buffer takes an integer >= 0",
+        ),
         ("attn(pool=avg(4)) | budget=uniform(0.5)", r"pool takes avg\(n\), n an odd integer >= 1 or max\(n\)"),
         ("1e999*knorm | budget=uniform(0.5)", "too large"),
         (
@@ -479,8 +499,8 @@ def attention_call(op, *options, pool=1):
     return OpCall(op, ("query", "key"), None, (*options, *tail))
 
 
-SNAPKV = attention_call("window_attention", ("window", 64), ("reduce", "mean"), pool=5)
-TOVA = (("window", 1), ("reduce", "mean"), ("heads", "layer"), ("pool", 1), ("pool_kind", "avg"))
+SNAPKV = attention_call("window_attention", ("window", 64), ("buffer", 0), ("reduce", "mean"), pool=5)
+TOVA = (("window", 1), ("buffer", 0), ("reduce", "mean"), ("heads", "layer"), ("pool", 1), ("pool_kind", "avg"))
 
 
 def expected(op, **protect):
@@ -517,8 +537,8 @@ PLANS = {
     "pyramidkv": Plan(SNAPKV, recent=64),
     "pyramidkv@kvpress": Plan(kvpress_window(64, 5, False)),
     "tova": Plan(OpCall("window_attention", ("query", "key"), None, TOVA), recent=1),
-    "h2o_prefill": Plan(attention_call("column_attention", ("reduce", "count"))),
-    "h2o_prefill@kvpress": Plan(attention_call("column_attention", ("reduce", "count"))),
+    "h2o_prefill": Plan(attention_call("column_attention", ("buffer", 0), ("reduce", "count"))),
+    "h2o_prefill@kvpress": Plan(attention_call("column_attention", ("buffer", 0), ("reduce", "count"))),
     "expected_attention": expected("expected_attention", sinks=4),
     "expected_attention@kvpress": expected("kvpress_expected_attention"),
     "lagkv": Plan(OpCall("lag", ("key", "value"), None, (("lag", 128), ("sinks", 4))), sinks=4),
@@ -556,7 +576,24 @@ def test_presets_are_lowered_to_their_plans(name):
                 "window_attention",
                 ("query", "key", "value"),
                 None,
-                (("window", 9), ("scale", 0.5), ("reduce", "max"), ("heads", "max"), ("pool", 3), ("pool_kind", "max")),
+                (
+                    ("window", 9),
+                    ("buffer", 0),
+                    ("scale", 0.5),
+                    ("reduce", "max"),
+                    ("heads", "max"),
+                    ("pool", 3),
+                    ("pool_kind", "max"),
+                ),
+            ),
+        ),
+        (
+            "attn(q=all, mask=causal, over=squares, heads=sum, v=none, pool=none, scale=model, buffer=10)",
+            OpCall(
+                "column_attention",
+                ("query", "key"),
+                None,
+                (("buffer", 10), ("reduce", "squares"), ("heads", "sum"), ("pool", 1), ("pool_kind", "avg")),
             ),
         ),
         (
