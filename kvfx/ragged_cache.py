@@ -222,8 +222,17 @@ class RaggedCache(Cache):
                 extents.rows(index)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; see `Cache.crop`."""
+        """Forget the last `-tokens_to_remove` tokens; see `Cache.crop`.
+
+        Raises:
+            CacheMismatch: also where a policy goes by what attention has paid, of which their part is not known apart.
+        """
         before = self.get_seq_length()
+        if 0 < -tokens_to_remove < before and any(extents.metric is not None for extents in self.extents):
+            raise CacheMismatch(
+                f"cannot crop {-tokens_to_remove} tokens: {self.policy} evicts by what all tokens so far have paid to each "
+                "slot, and their part of it is not known apart. Keep a cache.copy() from before them."
+            )
         super().crop(tokens_to_remove)
         for extents in self.extents:  # none is left if all was forgotten
             extents.cut(before - self.get_seq_length())

@@ -21,6 +21,7 @@ from kvfx.passes.report import Stranded, Unscored
 from kvfx.policy import Policy
 from kvfx.quota import Quota
 from kvfx.ragged_cache import RaggedCache
+from kvfx.ragged_layer import RaggedLayer
 from kvfx.ragged_slots import RaggedSlots
 from kvfx.room import Room
 
@@ -75,9 +76,20 @@ def run(
     except BaseException:
         room.give_back()
         raise
+    finally:
+        work.layers = _forgotten_by_traces(work.layers)
     work.since = 0 if plan.later else work.since + block.length
     cache.__dict__.update(work.__dict__)
     return out
+
+
+def _forgotten_by_traces(layers: Sequence[CacheLayer]) -> list[CacheLayer]:
+    """The layers again, as other objects: a trace keeps those that it saw, and their blocks, until garbage is collected."""
+    again = [layer.copy() for layer in layers]
+    for layer in layers:
+        if isinstance(layer, RaggedLayer):
+            layer.__dict__.clear()
+    return again
 
 
 def _check_metric(cache: RaggedCache, policy: Policy) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import reference
 from reference import Taps
+from schedule_by_definition import squares
 
 
 def weights(taps: Taps) -> Tensor:
@@ -112,6 +113,12 @@ DEFINITIONS: dict[str, tuple[Callable[[Taps], Tensor], int, int]] = {  # score, 
     "lagkv(lag=8)": (lagkv, 4, 0),
     "chunkkv(window=16, chunk=5)": (chunkkv, 0, 16),
 }
+
+
+def kv_compress(taps: Taps, size: int = 8) -> Tensor:
+    """Squared attention from the last queries, the largest of seven neighbours, summed over a group."""
+    return squares(weights(taps)[:, :, -size:], pool=7)
+
 
 # -- heads of a layer that compete -------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from hypothesis import given, settings
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from examples import examples
 from kvfx.kernels import OPS
+from schedule_by_definition import Row, schedule
 
 schedule_blocks, place_kept, block_moves = (OPS[name].overload for name in ("schedule_blocks", "place_kept", "block_moves"))
 SLOTS = 24
-Row = list[list[tuple[float, int]]]  # of each head, the score and the position of each token
 
 
 @st.composite
@@ -38,28 +37,6 @@ def batches(draw: st.DrawFn) -> tuple[list[tuple[Row, list[int], int]], int]:
     return draw(st.lists(rows(heads), min_size=1, max_size=3)), draw(st.integers(1, 6))
 
 
-def definition(row: Row, held: Sequence[int], evictions: int, block: int) -> list[set[int]]:
-    """Tokens that each head loses, by trying the cheapest block again and again."""
-    order = [sorted(range(len(head)), key=lambda i, head=head: (head[i][0], -head[i][1])) for head in row]
-    lost = [0] * len(row)
-
-    def next_price(head: int) -> tuple[float, int]:
-        """What the next block of a head costs, and how many tokens it has then lost; infinity if it has none to give."""
-        total = held[head] + len(row[head])
-        count = lost[head] + ((total - lost[head] - 1) % block + 1 if total else 1)
-        if count > len(row[head]) or count >= total:
-            return math.inf, 0
-        return row[head][order[head][count - 1]][0], count
-
-    for _ in range(evictions):
-        prices = [next_price(head) for head in range(len(row))]
-        cheapest = min(range(len(row)), key=lambda head: prices[head][0])
-        if prices[cheapest][0] == math.inf:
-            break
-        lost[cheapest] = prices[cheapest][1]
-    return [set(order[head][: lost[head]]) for head in range(len(row))]
-
-
 def as_tensors(batch: list[tuple[Row, list[int], int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = len(batch[0][0])
     scores, positions = torch.full((len(batch), heads, SLOTS), -math.inf), torch.zeros(len(batch), heads, SLOTS, dtype=torch.int32)
@@ -79,7 +56,7 @@ def test_rows_give_up_their_cheapest_blocks(drawn):
     kept, lengths = schedule_blocks(scores, positions, held, evictions, block)
     assert torch.equal(kept.sum(-1), lengths)
     for b, (row, before, count) in enumerate(batch):
-        expected = definition(row, before, count, block)
+        expected = schedule(row, before, count, block)
         for h, head in enumerate(row):
             gone = {slot for slot in range(len(head)) if not kept[b, h, slot]}
             assert gone == expected[h]

@@ -25,9 +25,11 @@ from presets_by_definition import (
     among_heads,
     compactor_engine,
     heads_press,
+    kv_compress,
     pyramid_press,
     quota,
 )
+from schedule_by_definition import protected, schedule
 from test_equivalence import decoder, padded, row_taps
 
 KEEP = {"0.25": 0.25, "0.5": 0.5, "0.8": 0.8}
@@ -131,6 +133,27 @@ def assert_heads_keep(expected: list[list[int]], layer: RaggedLayer, row: int) -
     """Exactly these tokens of each head: among random scores are no ties, and none as close as rounding."""
     assert [[p for p in head if p >= 0] for head in layer.positions[row].tolist()] == expected
     assert layer.lengths[row].tolist() == [len(head) for head in expected]
+
+
+@pytest.mark.parametrize("lengths", [[200, 120, 7], pytest.param([333], marks=pytest.mark.slow)], ids=str)
+def test_all_heads_of_all_layers_compete_for_blocks(lengths):
+    ids, mask, taps = captured(*lengths, model=LLAMA)
+    for keep in KEEP:
+        cache = compress(f"kv_compress:{keep}", ids, mask, LLAMA)
+        for row, length in enumerate(lengths):
+            raw = torch.cat([kv_compress(row_taps(each, row, length)) for each in taps])
+            heads = [list(zip(head.tolist(), range(length), strict=True)) for head in protected(raw, 4, 8)]
+            granted = -(-len(heads) * reference.count_kept(length, keep, 12) // 16)
+            gone = schedule(heads, [0] * len(heads), len(heads) * -(-length // 16) - granted, 16)
+            for number, lost in enumerate(gone):
+                layer, head = divmod(number, len(heads) // len(taps))
+                ours = {place for place in cache.layers[layer].positions[row, head].tolist() if place >= 0}
+                theirs = set(range(length)) - lost
+                assert len(ours) == len(theirs)
+                for a, b in zip(
+                    *(sorted(raw[number, list(only)].tolist()) for only in (ours - theirs, theirs - ours)), strict=True
+                ):
+                    assert b - a <= 1e-5 * b  # tokens whose largest neighbours are the same but for one head's
 
 
 @pytest.mark.parametrize("preset", [*HEADS, "compactor@engine"])

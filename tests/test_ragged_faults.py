@@ -17,9 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import kvfx
 from decoding import fresh_llama, tokens
-from kvfx import extents, ragged_step, runner
+from kvfx import block_schedule, extents, ragged_step, runner
 from kvfx.block_pool import BlockPool
+from kvfx.block_schedule import evict_blocks
 from kvfx.extents import Extents
+from kvfx.metric import Metric
 from kvfx.passes import capture
 from kvfx.ragged_cache import RaggedCache
 
@@ -62,6 +64,23 @@ class Fragile(fx.Interpreter):
         return out
 
 
+class FragileOps:
+    """Operators that run behind a graph, which pass by the fault before and after they run."""
+
+    def __getattr__(self, name: str) -> Any:
+        return fragile(getattr(torch.ops.kvfx, name))
+
+
+def fragile(real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        FAULT.pass_by()
+        out = real(*args, **kwargs)
+        FAULT.pass_by()
+        return out
+
+    return call
+
+
 @functools.cache
 def compiled() -> Any:
     """Layers of 2 and of 4 KV heads, whose extents share a pool. Two rows, knorm."""
@@ -77,6 +96,7 @@ def compiled() -> Any:
 def fragile_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     FAULT.arm(-1)
     monkeypatch.setitem(capture.BACKENDS, "eager", lambda graph, inputs: lambda *given: Fragile(graph).run(*given))
+    monkeypatch.setattr(block_schedule, "ops", FragileOps())  # which run behind graphs
 
 
 def pools_are_sound(*caches: RaggedCache) -> None:
@@ -109,12 +129,31 @@ def prompt(seed: int = 1, length: int = 40) -> RaggedCache:
     return compiled().compress(tokens(2, length, seed=seed))
 
 
-def forward(length: int, seed: int = 3) -> Step:
-    return lambda cache: compiled()(tokens(2, length, seed=seed), past_key_values=cache).logits
+def forward(length: int, seed: int = 3, model: Callable[[], Any] = compiled) -> Step:
+    return lambda cache: model()(tokens(2, length, seed=seed), past_key_values=cache).logits
 
 
-def compress(length: int = 20) -> Step:
-    return lambda cache: compiled().compress(tokens(2, length, seed=4), past_key_values=cache)
+def compress(length: int = 20, model: Callable[[], Any] = compiled) -> Step:
+    return lambda cache: model().compress(tokens(2, length, seed=4), past_key_values=cache)
+
+
+@functools.cache
+def blocks() -> Any:
+    """The same, but that all heads compete for blocks, again and again."""
+    policy = "kv_compress(window=4) | budget=blocks(tokens=8) | protect(sinks=1) | when=every(1000)"
+    return kvfx.compile(compiled()._kvfx.base, policy, backend="eager")
+
+
+def scheduled() -> RaggedCache:
+    return blocks().compress(tokens(2, 40))
+
+
+def grown() -> RaggedCache:
+    """With more blocks than the policy grants."""
+    cache = scheduled()
+    for seed in range(12):
+        forward(1, seed, blocks)(cache)
+    return cache
 
 
 def shared(make: Callable[[], RaggedCache]) -> Callable[[], tuple[RaggedCache, ...]]:
@@ -136,6 +175,10 @@ STEPS: dict[str, tuple[Step, Callable[[], tuple[RaggedCache, ...]]]] = {
     "several tokens of a copy": (forward(21), shared(prompt)),
     "one token": (forward(1), lambda: (prompt(),)),
     "one token of a copy": (forward(1), shared(prompt)),
+    "prefill, blocks": (compress(40, blocks), lambda: (RaggedCache(),)),
+    "compress, blocks": (compress(20, blocks), lambda: (scheduled(),)),
+    "one token, blocks": (forward(1, model=blocks), lambda: (scheduled(),)),
+    "several tokens of a copy, blocks": (forward(21, model=blocks), shared(scheduled)),
 }
 
 
@@ -187,6 +230,7 @@ def fragile_host(monkeypatch: pytest.MonkeyPatch, owner: Any, attribute: str) ->
     with monkeypatch.context() as patch:
         patch.setattr(owner, attribute, call)
         patch.setattr(Fragile, "run_node", fx.Interpreter.run_node)
+        patch.setattr(block_schedule, "ops", torch.ops.kvfx)
         yield
 
 
@@ -204,6 +248,39 @@ def test_a_host_that_fails_around_a_step_changes_nothing(owner, attribute, monke
         with fragile_host(monkeypatch, owner, attribute):
             places += check_every_fault(name)
     assert places
+
+
+EVICTION = [(block_schedule, "_by_extents"), (BlockPool, "copy_blocks"), (BlockPool, "_grow"), (Extents, "part"), (Metric, "_cut")]
+
+
+@pytest.mark.parametrize("make", [lambda: (grown(),), shared(grown)], ids=["alone", "a copy"])
+@pytest.mark.parametrize(("owner", "attribute"), EVICTION, ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2])
+def test_an_eviction_that_fails_leaves_a_cache_old_or_new(owner, attribute, make, monkeypatch):
+    caches, policy, places = make(), blocks()._kvfx.policy, 0
+    cache, before = caches[0], [state(each) for each in caches]
+    twin = alone(cache)
+    assert evict_blocks(twin, policy) > 0
+    real = vars(owner)[attribute]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, classmethod(fragile(real.__func__)) if owner is Metric else fragile(real))
+        while True:
+            FAULT.arm(places)
+            try:
+                evict_blocks(cache, policy)
+            except Planted:
+                for each, was in zip(caches, before, strict=True):
+                    assert_same(state(each), was)
+                pools_are_sound(*caches)
+                places += 1
+                continue
+            break
+    FAULT.arm(-1)
+    assert places >= (0 if owner in (BlockPool, Extents) else 2)
+    assert_same(state(cache), state(twin) | {"limit": cache.limit})
+    pools_are_sound(*caches)
+    for each, was in zip(caches[1:], before[1:], strict=True):
+        assert_same(state(each), was)
+    torch.testing.assert_close(forward(1, 9, blocks)(cache), forward(1, 9, blocks)(twin))
 
 
 def test_a_pool_too_small_for_a_prompt_leaves_the_cache_empty():
