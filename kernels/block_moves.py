@@ -7,7 +7,7 @@ from .op import KernelOp
 from .shares import listed
 
 
-def block_moves(kept: Tensor, table: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
+def block_moves(kept: Tensor, table: Tensor, places: int, block: int) -> tuple[Tensor, Tensor]:
     """Pair the kept slots that lie behind a head's new length with the evicted ones that lie before it.
 
     A head that keeps n of its slots ends up with them in its first n places (KV-Compress, arXiv:2410.00161). Sources and targets
@@ -16,18 +16,18 @@ def block_moves(kept: Tensor, table: Tensor, count: int, block: int) -> tuple[Te
     Args:
         kept: which slots stay, [U, T] bool, False behind those that a head fills.
         table: blocks of each head, in order, [U, m] int32, m * block >= T.
-        count: length of the lists, at least the number of moves.
+        places: length of the lists, at least the number of moves.
         block: slots of a block.
 
     Returns:
-        Sources and targets, [2, count] int64: head * T + slot, in order, -1 behind them. And the same as places of the pool,
-        [2, count] int64: block*P + slot in it, without meaning behind them.
+        Sources and targets, [2, places] int64: head * T + slot, in order, -1 behind them. And the same as places of the pool,
+        [2, places] int64: block*P + slot in it, without meaning behind them.
 
     Cost: a few sweeps over U*T flags.
     """
     tokens = kept.shape[1]
     before = torch.arange(tokens, device=kept.device) < kept.sum(-1, keepdim=True)
-    moves = listed(torch.stack([kept & ~before, before & ~kept]), count)  # of each head as many of one kind as of the other
+    moves = listed(torch.stack([kept & ~before, before & ~kept]), places)  # of each head as many of one kind as of the other
     pair = moves.clamp(min=0)
     head, slot = pair // tokens, pair % tokens
     blocks = table.flatten()[head * table.shape[1] + slot // block]
@@ -45,7 +45,7 @@ def _inputs(dims, dtype, device, seed):
 
 OP = KernelOp(
     "block_moves",
-    "(Tensor kept, Tensor table, SymInt count, int block) -> (Tensor, Tensor)",
+    "(Tensor kept, Tensor table, SymInt places, int block) -> (Tensor, Tensor)",
     block_moves,
     _inputs,
     cost="sweeps over U*T flags",

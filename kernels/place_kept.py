@@ -7,23 +7,23 @@ from .op import KernelOp
 from .shares import listed
 
 
-def place_kept(kept: Tensor, held: Tensor, table: Tensor, count: int, block: int) -> tuple[Tensor, Tensor]:
+def place_kept(kept: Tensor, held: Tensor, table: Tensor, places: int, block: int) -> tuple[Tensor, Tensor]:
     """List the kept tokens of each row of heads, and where in a pool of blocks each is written: behind those held.
 
     Args:
         kept: which tokens stay, [B, Hkv, S] bool.
         held: slots that each head has filled before, [B, Hkv] int64.
         table: blocks of each head, in order, [B, Hkv, m] int32; those for what is kept are among them.
-        count: length of the lists, at least the most tokens that a row keeps.
+        places: length of the lists, at least the most tokens that a row keeps.
         block: slots of a block.
 
     Returns:
-        Slots, [B, count] int64, head*S + token, ascending, -1 behind them; and places, [B, count] int64, block*P + slot in it;
-        without meaning behind them. As `pack` takes them.
+        Slots, [B, places] int64, head*S + token, ascending, -1 behind them; and where they go, [B, places] int64, block*P + slot in
+        it, without meaning behind them. As `pack` takes them.
 
     Cost: a few sweeps over B*Hkv*S flags.
     """
-    slots = listed(kept, count)
+    slots = listed(kept, places)
     pair = slots.clamp(min=0)
     head = pair // kept.shape[2]
     index = (held[..., None] + kept.cumsum(-1) - 1).flatten(1).gather(1, pair)  # in the extent
@@ -44,7 +44,7 @@ def _inputs(dims, dtype, device, seed):
 
 OP = KernelOp(
     "place_kept",
-    "(Tensor kept, Tensor held, Tensor table, SymInt count, int block) -> (Tensor, Tensor)",
+    "(Tensor kept, Tensor held, Tensor table, SymInt places, int block) -> (Tensor, Tensor)",
     place_kept,
     _inputs,
     cost="sweeps over B*Hkv*S flags",

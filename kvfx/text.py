@@ -138,16 +138,15 @@ def _preset(head: Node, colon: Arguments) -> Policy | None:
     arguments = head.arguments + colon
     if name in PRESETS:
         params = PRESETS[name].params
-        bound = bind(f"the preset {name}", [*params, *(AMOUNTS if "keep" in params else ())], arguments)
-        if sum(arg in AMOUNTS for arg in bound) > 1:
+        amount = tuple((arg, node) for arg, node in arguments if arg in AMOUNTS[1:] and "keep" in params)
+        bound = bind(f"the preset {name}", params, (each for each in arguments if each not in amount))
+        if len(amount) + ("keep" in bound) > 1:
             raise PolicyError(f"the preset {name} is given two amounts. Give one of {', '.join(AMOUNTS)}.")
-        amount = {arg: bound.pop(arg) for arg in AMOUNTS[1:] if arg in bound}
         if not bound and name == "none":
             return Policy(None)
         policy = _read(expand(name, {arg: _argument(arg, node) for arg, node in bound.items()}))
         if amount and policy.budget is not None:
-            call = Call(policy.budget.pool, None, tuple(amount.items()))
-            policy = replace(policy, budget=_budget(call, policy.budget))
+            policy = replace(policy, budget=_budget(Call(policy.budget.pool, None, amount), policy.budget))
         return policy
     if colon or head.variant:
         raise unknown_name("policy", name, PRESETS)

@@ -576,6 +576,7 @@ def test_a_larger_budget_keeps_what_a_smaller_one_keeps(case, data):
 # What holds for every row of the table. A new row is tested without a new line here.
 
 OP_LIST = list(OPS.values())
+ATTENTION_OVER_BLOCKS = ("ragged_attention", "ragged_probabilities", "ragged_received")
 
 
 def variants(op, dims: Dims, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[tuple[str, list]]:
@@ -587,7 +588,7 @@ def variants(op, dims: Dims, dtype: torch.dtype = torch.float32, seed: int = 0) 
     if "valid" in names:
         valid = torch.rand(dims.B, dims.S, generator=generator) < 0.7
         found.append(("padded", replaced(plain, names.index("valid"), valid)))
-    if "buffer" in names:
+    if "buffer" in names and "heads" in names:
         arguments = replaced(found[-1][1], names.index("buffer"), 3)
         found.append(("buffered", replaced(arguments, names.index("heads"), "sum")))
     if "counts" in names and "slots" in names:
@@ -623,12 +624,13 @@ def answers(op, arguments) -> list[Tensor]:
 
 def rows_are_independent(op) -> bool:
     """Say whether batch rows are apart: not where statistics run over the batch, or where rows share a pool and a list of work."""
-    return op.name not in ("kvpress_compactor", "place", "pack", "ragged_attention", "ragged_probabilities")
+    return op.name not in ("kvpress_compactor", "place", "pack", "block_moves", *ATTENTION_OVER_BLOCKS)
 
 
 def numbers_heads(op) -> bool:
     """Say whether an answer counts or numbers the heads, so that it does not simply move with them."""
-    return op.name in ("random", "allocate", "select_heads", "place", "pack", "ragged_attention", "ragged_probabilities")
+    numbering = ("random", "allocate", "select_heads", "place", "pack", "schedule_blocks", "place_kept")
+    return op.name in (*numbering, *ATTENTION_OVER_BLOCKS)
 
 
 @pytest.mark.parametrize("op", OP_LIST, ids=str)
@@ -694,11 +696,12 @@ def test_permuted_heads_give_permuted_answers(op):
 
 
 def over_tensors(op, function, arguments: list, follow: bool = True):
-    """Close function over all but the tensors; a `count` follows the length, as a budget makes it follow, and so do `tokens`.
+    """Close function over all but the tensors; a `count` follows the length, as a budget makes it follow, and so do `tokens` and `places`.
 
     What it writes to are copies, which it then returns.
     """
-    tokens = [i for i, name in enumerate(argument_names(op)) if name == "tokens" and follow]
+    sizes = ("tokens", "places") if follow else ()
+    tokens = [i for i, name in enumerate(argument_names(op)) if name in sizes and isinstance(arguments[i], int)]
     arguments = [torch.empty(x, 0) if i in tokens else x for i, x in enumerate(arguments)]  # a size is an axis of a tensor
     where = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
     counts = [i for i, name in enumerate(argument_names(op)) if name == "count" and follow]

@@ -318,7 +318,7 @@ def test_clauses_after_a_preset_merge_key_by_key(text, budget, protect):
         ("splice(knorm, 3, 0.5) | budget=uniform(0.5)", "the same for every token"),
         ("splice(knorm, zscore(3), 0.5) | budget=uniform(0.5)", "standardises a constant"),
         ("splice(knorm, none, 0.5) | budget=uniform(0.5)", "unknown score 'none'"),
-        ("compactor | budget=pages(0.3)", "unknown value of the axis budget: 'pages'. Known: heads, layers, uniform"),
+        ("compactor | budget=pages(0.3)", "unknown value of the axis budget: 'pages'. Known: blocks, heads, layers, uniform"),
         ("compactor | budget=heads(floor=1.5)", r"floor=1.5 is outside \[0, 1\]"),
         ("compactor | budget=heads(floor=half)", "floor=.*is not a fraction"),
         ("compactor | budget=heads(0.3, tokens=9)", r"either a fraction kept, heads\(0.5\), or a count"),
@@ -360,7 +360,7 @@ def test_bad_policies_are_refused_with_their_reason(text, message):
     assert text in str(refusal.value)
 
 
-@pytest.mark.parametrize("axis", sorted(set(PLANNED) - {"budget", "pos", "unit", "align"}))
+@pytest.mark.parametrize("axis", sorted(set(PLANNED) - {"budget", "pos", "unit", "align", "when"}))
 def test_axes_that_are_not_built_are_refused(axis):
     with pytest.raises(PolicyError, match=f"'{axis}' is planned but not built yet.*score, unit, align, budget"):
         Policy.parse(f"compactor:0.5 | {axis}={PLANNED[axis][0]}")
@@ -519,6 +519,12 @@ def critical(score):
     return plan.Splice(score, then, Fraction(1, 2))
 
 
+SQUARES = OpCall(
+    "window_attention",
+    ("query", "key"),
+    options=(("window", 8), ("buffer", 0), ("reduce", "squares"), ("heads", "sum"), ("pool", 7), ("pool_kind", "max")),
+)
+
 PLANS = {
     "none": Plan(None),
     "knorm": Plan(KEY_NORM),
@@ -550,6 +556,7 @@ PLANS = {
     "adakv@kvpress": Plan(kvpress_window(64, 5, False), floor=Fraction(1, 5), least=1),
     "critical_adakv": Plan(critical(SNAPKV), recent=64, floor=Fraction(1, 5)),
     "critical_adakv@kvpress": Plan(critical(kvpress_window(64, 5, False)), floor=Fraction(1, 5), least=1),
+    "kv_compress": Plan(SQUARES, sinks=4, recent=8, later=True),
     "random": Plan(OpCall("random", ("key",), None, (("seed", 0),))),
 }
 
