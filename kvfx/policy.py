@@ -155,15 +155,11 @@ class Policy:
         """Which power of attention's probabilities the score sums, and how far a query must be behind; None if it does not."""
         if not isinstance(self.score, Atom) or self.score.name != "attn":
             return None
-        given = dict(self.score.values)
-        power = {Word("sum"): 1, Word("squares"): 2}.get(given["over"])
-        sums = (given["mask"], given["heads"], given["v"], given["scale"]) == (
-            Word("causal"),
-            Word("sum"),
-            Word("none"),
-            Word("model"),
-        )
-        return (power, given.get("buffer", 0)) if power and sums else None
+        given = {name: str(value) for name, value in self.score.values}
+        power = {"sum": 1, "squares": 2}.get(given["over"])
+        if power is None or [given[name] for name in ("mask", "heads", "v", "scale")] != ["causal", "sum", "none", "model"]:
+            return None
+        return power, int(given["buffer"])
 
     def atoms(self) -> Iterator[Atom]:
         """The score's atoms, left to right."""

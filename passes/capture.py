@@ -74,7 +74,7 @@ BACKENDS: dict[str, Callable[..., Any]] = {
 
 
 # A step has few graphs, but one row or several, a window that is full or not, a single slot: such differences multiply.
-_VARIANTS = {"recompile_limit": 32} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+_VARIANTS: dict[str, Any] = {"recompile_limit": 32} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
 
 
 def compile_with(function: Callable[..., Any], rewrite: Rewrite, backend: str) -> Compiled:

@@ -110,12 +110,12 @@ def _swap_ragged(site: Site, traces: Traces) -> None:
         if asked and val(query).shape[2] == 1:
             both = call_op(graph, traces, "ragged_probabilities", *given, *work, shift, chunk, asked[1], *rest)
             swapped, held, new = (call(graph, operator.getitem, both, index) for index in range(3))
-            received = held, call(graph, aten.unsqueeze.default, new, 2)
+            received = [held, call(graph, aten.unsqueeze.default, new, 2)]
         else:
             swapped = call_op(graph, traces, "ragged_attention", *given, *work, shift, chunk, *rest)
             if asked:
                 both = call_op(graph, traces, "ragged_received", *given, *work[:2], asked[0], shift, chunk, *asked[1:], *rest)
-                received = tuple(call(graph, operator.getitem, both, index) for index in range(2))
+                received = [call(graph, operator.getitem, both, index) for index in range(2)]
     replace(attention, swapped)
     nodes["attention"] = swapped
     if asked:
