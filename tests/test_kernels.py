@@ -696,7 +696,7 @@ def test_permuted_heads_give_permuted_answers(op):
 
 
 def over_tensors(op, function, arguments: list, follow: bool = True):
-    """Close function over all but the tensors; a `count` follows the length, as a budget makes it follow, and so do `tokens` and `places`.
+    """Close function over all but the tensors; a `count` follows the length as a budget makes it, and `tokens` and `places` too.
 
     What it writes to are copies, which it then returns.
     """

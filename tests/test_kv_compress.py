@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,6 +165,19 @@ def test_memory_falls_by_the_blocks_that_are_scheduled():
         pool = cache.extents[0].pool
         assert pool.blocks - pool.free == sum(granted)
         assert pool.blocks <= sum(granted) + 1  # nothing was taken that had to be given back
+
+
+@pytest.mark.slow
+def test_the_process_holds_as_much_less_as_blocks_are_scheduled():
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = Path(__file__).with_name("resident.py")
+    done = subprocess.run([sys.executable, "-P", str(script)], env=environment, capture_output=True, text=True, check=True)
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    (_, whole, held), *others = rows
+    assert whole == 2 * 8 * 4096 // 16 * (16 * 2 * 128 * 4 + 16 * 4)
+    for rate, blocks, resident in others:
+        assert blocks == whole // rate
+        assert held - resident == pytest.approx(whole - blocks, rel=0.05)
 
 
 def test_what_is_evicted_while_decoding_is_free_for_others():
