@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from kvfx import package
-from kvfx.entry_points import EntryPoints
 from kvfx.errors import InputError, UnsupportedModel
 from kvfx.package import PROGRAMS, WEIGHTS, Entry
 from kvfx.passes import aoti
 from kvfx.policy import Policy
+from kvfx.written import Calls
+from kvfx.written_entry_points import entry_points
 
 # What turns text into ids and back, where the model was loaded from; its names are transformers'.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -33,6 +34,7 @@ def export(
     batch: int = 1,
     tokenizer: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    call: Calls | None = None,
 ) -> Path:
     """Write a decoder whose prefill compresses its cache as a folder that runs without Python; see docs/export.md.
 
@@ -63,7 +65,7 @@ def export(
     """
     package.check_free(path)
     files = _tokenizer_files(model, tokenizer)
-    points = EntryPoints.of(model, policy, max_prompt, max_new_tokens, batch, settings or {})
+    points = entry_points(model, policy, max_prompt, max_new_tokens, batch, settings or {}, call)
     with package.building(path) as folder:
         made = points.programs()
         aoti.write_archive(folder / PROGRAMS, {kind: points.compile(*each) for kind, each in made.items()})

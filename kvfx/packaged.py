@@ -210,8 +210,8 @@ class PackagedModel:
             raise InputError(
                 f"the prompt has {length} tokens, the package takes 1 to {entry.longest}. Export with a larger max_prompt"
             )
-        if length == 1:
-            return self._run("decode", cache, ids, None)  # of one token nothing is evicted
+        if length == 1:  # of which nothing is evicted
+            return self._run("first" if "first" in self.about.entries else "decode", cache, ids, None)
         return self._run("prefill", cache, ids, valid)
 
     def _extend(self, cache: PackagedCache, ids: Tensor, valid: Tensor | None) -> Tensor:
@@ -230,10 +230,12 @@ class PackagedModel:
 
     def _run(self, name: str, cache: PackagedCache, ids: Tensor, valid: Tensor | None) -> Tensor:
         entry = self.about.entries[name]
-        masks = []
+        front = [ids.contiguous()]
         if entry.masked:
-            masks = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.contiguous()]
-        logits, *finite = self._programs[name].run([ids.contiguous(), *masks, *cache.tensors])
+            front.append(torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.contiguous())
+        if entry.counted:
+            front.append(torch.empty(cache.seen + 1, 0, device=self._device))
+        logits, *finite = self._programs[name].run([*front, *cache.tensors])
         if finite and not bool(finite[0]):
             raise InputError(
                 f"scores of {self.about.policy} are not finite: keys, queries or values hold inf or nan. Check the weights and the "

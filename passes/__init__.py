@@ -21,6 +21,7 @@ from kvfx.passes.find_attention import find_attention
 from kvfx.passes.insert_eviction import insert_eviction
 from kvfx.passes.insert_scores import insert_scores
 from kvfx.passes.lower import lower
+from kvfx.passes.new_states import take_new_states
 from kvfx.passes.plan import Plan
 from kvfx.passes.read_slots import read_slots
 from kvfx.passes.report import Report
@@ -35,6 +36,7 @@ PIPELINE: tuple[Pass, ...] = (
     forward_stores,  # before all: what was written to a part of a tensor is then plain to see where it is read
     find_attention,  # everything else starts from sites
     shorten_reads,  # before caches: keys are then the new ones, not all places of a buffer
+    take_new_states,  # before caches: what is stored of a returned past is then what attention reads
     attach_leaves,  # before caches: makes a write of each returned tensor that is a layer's keys or values
     attach_cache,  # before scores: a site that writes no cache needs none
     read_slots,  # from here on lengths are physical
