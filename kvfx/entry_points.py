@@ -97,7 +97,8 @@ class EntryPoints:
         plan, entry = self.plan if kind == "prefill" else STORE_ALL, self._entry(kind, masked)
         program = self._trace(kind, plan, entry)
         try:
-            report = passes.run(program, plan, marked=True)
+            # Code that counts tokens asks about their number; all answers are tried on the range.
+            report = passes.run(program, plan, marked=True, ask_small=entry.counted)
         except Unscored as unscored:
             raise SiteRefused(
                 f"not every cache layer of {type(self.model).__name__} can be compressed, and a package leaves none alone:\n"
@@ -109,17 +110,17 @@ class EntryPoints:
             judge(report, type(self.model).__name__, "error")
         if masked and kind == "extend" and report.counts_columns:  # see `block.uneven_turn`
             return self.program(kind, False)
-        self._check_range(kind, program, self._lengths(entry))
+        self._check_range(kind, program, self._lengths(kind, entry))
         return replace(entry, checks=plan.score is not None and bool(report.compressed)), program
 
-    def compile(self, entry: Entry, program: ExportedProgram) -> aoti.Files:
+    def compile(self, kind: str, entry: Entry, program: ExportedProgram) -> aoti.Files:
         """Compile one entry point.
 
         Raises:
             UnsupportedModel: the machine code would be right for some lengths only.
         """
         try:
-            return aoti.compile_ahead(program, self._lengths(entry), self.tokens + 1, self.settings)
+            return aoti.compile_ahead(program, self._lengths(kind, entry), self.tokens + 1, self.settings)
         except aoti.Specialised as error:
             raise UnsupportedModel(f"{type(self.model).__name__} cannot be compiled for all lengths: {error}") from error
 
@@ -170,10 +171,10 @@ class EntryPoints:
         longest = {"prefill": self.max_prompt, "extend": self.max_new_tokens}.get(kind, 1)
         return Entry(min(SHORTEST, longest), longest, masked, False, {})
 
-    def _lengths(self, entry: Entry) -> list[range]:
-        """Of what may vary: new tokens, and the length that carries the number of those seen."""
+    def _lengths(self, kind: str, entry: Entry) -> list[range]:
+        """Of what may vary: new tokens, and the length that carries the number of those seen, one more than they are."""
         new = [range(entry.shortest, entry.longest + 1)] if entry.longest > 1 else []
-        return new + ([range(2, self.tokens + 1)] if entry.counted else [])
+        return new + ([range(SHORTEST + 1, self.tokens + 1)] if entry.counted and kind != "second" else [])
 
     def _module(self, kind: str, plan: Plan, masked: bool) -> nn.Module:
         """The entry point as a function of tensors."""
@@ -194,13 +195,14 @@ class EntryPoints:
         if entry.masked:
             front, shapes = [torch.ones(batch, length, dtype=torch.bool, device=device)], [varies]
         if entry.counted:
-            seen = self.max_prompt - 1 - (self.max_prompt == length)  # so that no two sizes are the same by chance
-            front, shapes = [size_of(seen, device)], [{0: Dim.AUTO(min=2, max=self.tokens)}]
+            seen = 1 if kind == "second" else self.max_prompt - 1 - (self.max_prompt == length)  # no two sizes alike by chance
+            front = [size_of(seen, device)]
+            shapes = [{} if kind == "second" else {0: Dim.AUTO(min=SHORTEST + 1, max=self.tokens)}]
         held = [*front, *self._state().values()]
         shapes += [{} for _ in held[len(front) :]]
         try:
+            module = self._module(kind, plan, entry.masked).eval()
             with torch.no_grad():
-                module = self._module(kind, plan, entry.masked).eval()
                 return torch.export.export(module, (ids, held), dynamic_shapes=(varies, shapes), strict=False)
         except RuntimeError as error:
             if not self.shows_padding:
@@ -211,16 +213,21 @@ class EntryPoints:
             ) from error
 
     def _check_range(self, kind: str, program: ExportedProgram, wanted: Sequence[range]) -> None:
-        """Make sure that a program takes all lengths that are wanted: to pad shorter ones would hide what the model's code asks."""
-        bounds = program.range_constraints
-        found = [bounds.get(symbol) for symbol in capture.symbols_of(program)]
-        texts = [f"{int(each.lower)} to {int(each.upper)}" for each in found if each is not None]
-        if texts != [f"{each[0]} to {each[-1]}" for each in wanted]:
-            first = wanted[0]
+        """Make sure that a program takes all lengths that are wanted: to pad shorter ones would hide what its code asks."""
+        bounds = [program.range_constraints.get(symbol) for symbol in capture.symbols_of(program)]
+        found = [range(int(each.lower), int(each.upper) + 1) for each in bounds if each is not None]
+        if found != list(wanted):
+            given = _spans(found) if found else str(max(each[-1] for each in wanted) - 1)
             raise UnsupportedModel(
-                f"the {kind} of {type(self.model).__name__} can be traced for {' and '.join(texts) or first[-1] - 1} tokens only, and "
-                f"{' and '.join(f'{each[0]} to {each[-1]}' for each in wanted)} are wanted: its code asks how many there are"
+                f"the {kind} of {type(self.model).__name__} can be traced for {given} tokens only, and {_spans(wanted)} are wanted: "
+                "its code asks how many there are"
             )
+
+
+def _spans(lengths: Sequence[range]) -> str:
+    """New tokens, and those seen before, which are one less than the length that carries them."""
+    new, *seen = (f"{each[0]} to {each[-1]}" for each in (*lengths[:1], *(range(each[0] - 1, each[-1]) for each in lengths[1:])))
+    return " behind ".join([new, *seen])
 
 
 def asked_for(model: Any, policy: Any) -> tuple[Any, Policy, Any]:

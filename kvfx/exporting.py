@@ -42,7 +42,7 @@ def export(
     appends a block of tokens whole, `decode` appends one. `kvfx.load` runs it, as does C++.
 
     Args:
-        model: what `compile` returned, or with `policy` any transformers decoder that `compile` takes.
+        model: what `compile` returned, or with `policy` any decoder that `compile` takes.
         path: the folder to make; nothing may stand there.
         policy: what to keep; the default is the policy of a compiled model.
         max_prompt: tokens of the longest prompt, padding included.
@@ -50,12 +50,17 @@ def export(
         batch: rows of every call. With several, rows of a prompt may be padded on the left.
         tokenizer: a folder with `tokenizer.json`, which is copied; the default is where the model was loaded from.
         settings: further settings of Inductor, such as `{"aot_inductor.compile_wrapper_opt_level": "O0"}`.
+        call: how a decoder without transformers code is called: `(ids, past, seen) -> arguments by name`, with new ids [B, S], the
+            past in the decoder's own form, None if it holds none or is no argument, and the number of tokens seen. The default
+            takes the first argument for the ids and the only other one for the past. Where the past stands in arguments that the
+            decoder writes to, give empty ones.
 
     Returns:
         The path.
 
     Raises:
-        InputError: the numbers make no sense together, or `model` is not compiled and there is no policy.
+        InputError: the numbers make no sense together, `model` is not compiled and there is no policy, or it is not known how it
+            is called.
         PolicyError: how many slots the policy keeps follows from data; the message says which part of it.
         UnsupportedModel: the model cannot be traced, or not for all lengths.
         SiteRefused: an attention is not understood.
@@ -68,7 +73,7 @@ def export(
     points = entry_points(model, policy, max_prompt, max_new_tokens, batch, settings or {}, call)
     with package.building(path) as folder:
         made = points.programs()
-        aoti.write_archive(folder / PROGRAMS, {kind: points.compile(*each) for kind, each in made.items()})
+        aoti.write_archive(folder / PROGRAMS, {kind: points.compile(kind, *each) for kind, each in made.items()})
         entries = _share_weights(folder, made)
         for file in files:
             shutil.copyfile(file, folder / file.name)

@@ -210,6 +210,11 @@ class PackagedModel:
             raise InputError(
                 f"the prompt has {length} tokens, the package takes 1 to {entry.longest}. Export with a larger max_prompt"
             )
+        if valid is not None and not entry.masked:
+            raise InputError(
+                f"rows of different lengths, {valid.sum(1).tolist()}, of a decoder that takes no mask of padding. Give rows of "
+                "equal lengths, or one by one"
+            )
         if length == 1:  # of which nothing is evicted
             return self._run("first" if "first" in self.about.entries else "decode", cache, ids, None)
         return self._run("prefill", cache, ids, valid)
@@ -222,9 +227,13 @@ class PackagedModel:
         if valid is not None and not entry.masked:
             raise InputError(
                 f"rows of different lengths, {valid.sum(1).tolist()}, after the first turn: padding would count as part of this "
-                "model's sliding windows, or as distance in its biases. Give equally many new tokens to all rows"
+                "model's sliding windows, or as distance in its biases, or it takes no mask. Give equally many new tokens to all "
+                "rows"
             )
-        logits = self._run("decode" if length == 1 else "extend", cache, ids, valid)
+        if cache.seen == 1 and "second" in self.about.entries:
+            logits, ids = self._run("second", cache, ids[:, :1], None), ids[:, 1:]
+        if ids.shape[1]:
+            logits = self._run("decode" if ids.shape[1] == 1 else "extend", cache, ids, valid)
         cache.room -= length
         return logits
 

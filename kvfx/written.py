@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from kvfx import tree
 from kvfx.cache import Cache
 from kvfx.decoder import CompressedDecoder
-from kvfx.decoder_step import called
+from kvfx.decoder_step import called, may_be_cache
 from kvfx.engine import STORE_ALL, Engine
-from kvfx.errors import InputError, KvfxError, UnsupportedModel
+from kvfx.errors import InputError, KvfxError, SiteRefused, UnsupportedModel
 from kvfx.form import BUFFERS, Form
 from kvfx.policy import Policy
 
 # (ids [B, S] int64, past or None, tokens seen before) -> the arguments of the forward by name
 Calls = Callable[[Tensor, Any, int], Mapping[str, Any]]
 
+SPARE = 2  # places of a preallocated cache behind the longest text: with one, or none, tensors are of a kind of their own
 TOKENS = 37  # of the prompt by which a decoder's form is learnt: a number that is unlikely to be another one's too
 
 
@@ -62,12 +63,20 @@ class Written:
     vocabulary: int
 
     @classmethod
-    def learn(cls, base: nn.Module, call: Calls | None, batch: int, longest: int) -> Written:
-        """Run a prompt of `batch` rows and at most `longest` tokens, eagerly and whole.
+    def learn(cls, base: nn.Module, call: Calls | None, batch: int, longest: int, tokens: int) -> Written:
+        """Run a prompt, eagerly and whole.
+
+        Args:
+            base: the decoder.
+            call: with which arguments it is called; None if that is usual.
+            batch: rows.
+            longest: tokens of the longest prompt.
+            tokens: tokens of the longest text.
 
         Raises:
-            InputError: how the decoder is called is not known.
+            InputError: how the decoder is called is not known, or its own caches are too short.
             UnsupportedModel: it fails, its output holds no logits, or its past no keys and values.
+            SiteRefused: it holds other caches too.
         """
         name, call = type(base).__name__, call or _usual_call(base)
         device = next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
@@ -86,6 +95,18 @@ class Written:
         leaves = tree.leaves_of(out)
         first, cache = next((index, leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Cache))
         form: Any = cache.form
+        unknown = [list(other.shape) for other in cache.others if may_be_cache(other)]
+        if unknown:
+            raise SiteRefused(
+                f"{name} returns, with its past, tensors {unknown} that are sliding windows or that no attention found reads. A "
+                "package holds keys and values of all tokens that are kept. See kvfx.explain(model, policy=...)"
+            )
+        room = min((leaf[3] for leaf in form.leaves if leaf[0] == "slots" and leaf[3]), default=tokens + SPARE)
+        if room < tokens + SPARE:
+            raise InputError(
+                f"the caches of {name} have room for {room} tokens, and texts of {tokens} are to be served: expected {SPARE} places "
+                "more than tokens. Ask for fewer, or make its caches longer"
+            )
         logits = _logits(name, out[0] if form.places else out, ids)
         like = tuple((layer.keys[:1, :, :1], layer.values[:1, :, :1]) for layer in cache.layers)
         written = decoder._kvfx.buffers or ()
@@ -115,9 +136,9 @@ def _usual_call(base: nn.Module) -> Calls:
     usual = len(parameters) == 2 and parameters[1].default is None and not any(each.kind in kinds for each in parameters)
     if not usual:
         raise InputError(
-            f"{type(base).__name__}.forward{inspect.signature(base.forward)} does not say what its arguments are: expected token ids "
-            "and, None by default, the past. Say how it is called: export(..., call=lambda ids, past, seen: {...}), where `seen` is "
-            "the number of tokens behind which `ids` [B, S] stand, and the dict holds the arguments by name"
+            f"{type(base).__name__}.forward{inspect.signature(base.forward)} does not say what its arguments are. Expected token "
+            "ids and the past, None by default. Say how it is called: export(..., call=lambda ids, past, seen: {...}), where `ids` "
+            "[B, S] stand behind `seen` tokens, and the dict holds the arguments by name"
         )
     tokens, held = (each.name for each in parameters)
     return lambda ids, past, seen: {tokens: ids} | ({} if past is None else {held: past})

@@ -17,6 +17,7 @@ from kvfx.static_layer import StaticLayer
 from kvfx.static_slots import StaticSlots
 from kvfx.written import Written
 
+COUNTED = ("extend", "decode", "second")  # entry points that have a past
 OTHERS = "others"  # what is called so in the state of a package: tensors of a past that are neither keys nor values
 
 
@@ -28,10 +29,10 @@ class WrittenEntryPoint(EntryPoint):
     """
 
     def __init__(self, written: Written, kind: str, cache: StaticCache, plan: Plan, keep: Keep | None, most: int) -> None:
-        """Make an entry point; `kind` may also be "first": a prompt of one token. For the rest see `EntryPoint`."""
+        """Make one, see `EntryPoint`; `kind` may also be "first", a prompt of one token, or "second", a token behind it."""
         super().__init__(written.base, kind, cache, plan, keep, most, False, False)
         self.written = written
-        self.counted = kind in ("extend", "decode")
+        self.counted = kind in COUNTED
         self.names += tuple(f"{OTHERS}.{index}" for index in range(len(written.others)))
 
     def forward(self, ids: Tensor, held: list[Tensor]) -> tuple[Tensor, ...]:
@@ -79,15 +80,15 @@ class WrittenEntryPoint(EntryPoint):
                     raise self._differs(_text(leaf), f"{_text(expected)} whatever the length")
                 others.append(leaf)
             else:
-                expected = start + length if what == "length" else facts[0]
+                expected, which = (start + length, "the tokens seen") if what == "length" else (facts[0], "as of the prompt")
                 if isinstance(leaf, Tensor) or str(leaf) != str(expected):
-                    raise self._differs(_text(leaf), f"{expected}" + (", the tokens seen" if what == "length" else " as of the prompt"))
+                    raise self._differs(_text(leaf), f"{expected}, {which}")
         return [(keys[layer], values[layer]) for layer in range(form.layers)], others
 
     def _differs(self, found: str, expected: str) -> UnsupportedModel:
         return UnsupportedModel(
-            f"the past of {type(self.model).__name__} holds, beside keys and values, {found} in its {self.kind}, expected {expected}. "
-            "A package can follow the number of tokens seen, and tensors of a fixed shape"
+            f"the past of {type(self.model).__name__} holds, beside keys and values, {found} in its {self.kind}, expected "
+            f"{expected}. A package can follow the number of tokens seen, and tensors of a fixed shape"
         )
 
 

@@ -15,7 +15,7 @@ from kvfx.lower import lower, lower_program
 from kvfx.package import Entry
 from kvfx.passes.plan import Plan
 from kvfx.written import Calls, Written
-from kvfx.written_entry_point import OTHERS, WrittenEntryPoint
+from kvfx.written_entry_point import COUNTED, OTHERS, WrittenEntryPoint
 
 
 def entry_points(
@@ -39,7 +39,10 @@ def entry_points(
 
 @dataclass
 class WrittenEntryPoints(EntryPoints):
-    """See `EntryPoints`. There is one more, "first", for a prompt of one token; rows are never padded.
+    """See `EntryPoints`. Rows are never padded.
+
+    There are two more: "first" reads a prompt of one token, of which nothing is evicted, and "second" appends one to that. A past
+    of a single token is a case of its own in a trace where its length is no number in a tensor.
 
     Attributes:
         written: the decoder.
@@ -62,7 +65,7 @@ class WrittenEntryPoints(EntryPoints):
         base, chosen, sketches = asked_for(model, policy)
         check_lengths(base, None, max_prompt, max_new_tokens, batch)
         lower_program(chosen, (None,), sketches)  # which refuses what no program can follow, before anything runs
-        written = Written.learn(base, call, batch, max_prompt)
+        written = Written.learn(base, call, batch, max_prompt, max_prompt + max_new_tokens)
         windows = (None,) * written.form.layers
         keep, plan = lower_program(chosen, windows, sketches).keep, lower(chosen, sketches)
         cache = empty_cache(chosen, written.like, windows, max_prompt, max_new_tokens, batch)
@@ -71,10 +74,10 @@ class WrittenEntryPoints(EntryPoints):
     @property
     def kinds(self) -> dict[str, bool]:
         """The entry points by name; no rows of them may be padded."""
-        return dict.fromkeys(("prefill", "first", "extend", "decode"), False)
+        return dict.fromkeys(("prefill", "first", *COUNTED), False)
 
     def _entry(self, kind: str, masked: bool) -> Entry:
-        return replace(super()._entry(kind, masked), counted=kind in ("extend", "decode"))
+        return replace(super()._entry(kind, masked), counted=kind in COUNTED)
 
     def _module(self, kind: str, plan: Plan, masked: bool) -> nn.Module:
         most = self.cache.capacity - self.max_new_tokens

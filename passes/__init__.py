@@ -60,7 +60,9 @@ PREFILL_PROGRAM: tuple[Pass, ...] = (
 OTHER_PROGRAM: tuple[Pass, ...] = (find_attention, name_caches, lower)
 
 
-def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: bool = False, marked: bool = False) -> Report:
+def run(
+    module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: bool = False, marked: bool = False, ask_small: bool = False
+) -> Report:
     """Rewrite `module` in place as `plan` says.
 
     An exported program that is run with a score is a prefill: a forward without a past, of rows without padding, whose positions
@@ -76,6 +78,8 @@ def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: boo
         plan: what to score and protect.
         check_each: verify after every pass, not only at the end.
         marked: whether an exported program was traced with a cache of kvfx.
+        ask_small: whether ops in an exported program may ask about sizes, see `capture.editing`. The default is that they may where
+            nothing else works.
 
     Returns:
         What was found, done and refused.
@@ -85,7 +89,7 @@ def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: boo
     """
     if isinstance(module, ExportedProgram):
         try:
-            return _run_exported(module, plan, check_each, marked)
+            return _run_exported(module, plan, check_each, marked, ask_small)
         except capture.NeedsSizes:
             return _run_exported(module, plan, check_each, marked, ask_small=True)
     report = Report()

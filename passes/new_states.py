@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from kvfx.passes.axes import ordered, peel
 from kvfx.passes.cache_write import LIBRARY
-from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
+from kvfx.passes.graph import aten, inputs, is_call, replace, val
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Report, Unstored
 from kvfx.passes.store_spellings import same, size, whole_cat

@@ -267,7 +267,9 @@ def _is_zero(tensor: fx.Node) -> bool:
 def _is_returned(node: fx.Node) -> bool:
     """Whether `node` is returned, after what was written to it in a functional graph."""
     return any(
-        is_call(user, MARK, NEW) or user.op == "output" or (user.target in SPELLINGS and user.args[0] is node and _is_returned(user))
+        is_call(user, MARK, NEW)
+        or user.op == "output"
+        or (user.target in SPELLINGS and user.args[0] is node and _is_returned(user))
         for user in _readers(node)
     )
 
