@@ -213,14 +213,14 @@ class EntryPoints:
             ) from error
 
     def _check_range(self, kind: str, program: ExportedProgram, wanted: Sequence[range]) -> None:
-        """Make sure that a program takes all lengths that are wanted: to pad shorter ones would hide what its code asks."""
+        """Make sure that a program takes all lengths wanted: to pad shorter ones would hide what the model's code asks."""
         bounds = [program.range_constraints.get(symbol) for symbol in capture.symbols_of(program)]
         found = [range(int(each.lower), int(each.upper) + 1) for each in bounds if each is not None]
         if found != list(wanted):
             given = _spans(found) if found else str(max(each[-1] for each in wanted) - 1)
             raise UnsupportedModel(
-                f"the {kind} of {type(self.model).__name__} can be traced for {given} tokens only, and {_spans(wanted)} are wanted: "
-                "its code asks how many there are"
+                f"the {kind} of {type(self.model).__name__} can be traced for {given} tokens only, and {_spans(wanted)} are "
+                "wanted: its code asks how many there are"
             )
 
 

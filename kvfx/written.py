@@ -104,8 +104,8 @@ class Written:
         room = min((leaf[3] for leaf in form.leaves if leaf[0] == "slots" and leaf[3]), default=tokens + SPARE)
         if room < tokens + SPARE:
             raise InputError(
-                f"the caches of {name} have room for {room} tokens, and texts of {tokens} are to be served: expected {SPARE} places "
-                "more than tokens. Ask for fewer, or make its caches longer"
+                f"the caches of {name} have room for {room} tokens, and texts of {tokens} are to be served: expected {SPARE} "
+                "places more than tokens. Ask for fewer, or make its caches longer"
             )
         logits = _logits(name, out[0] if form.places else out, ids)
         like = tuple((layer.keys[:1, :, :1], layer.values[:1, :, :1]) for layer in cache.layers)
