@@ -38,8 +38,8 @@ def export(
 ) -> Path:
     """Write a decoder whose prefill compresses its cache as a folder that runs without Python; see docs/export.md.
 
-    The folder holds machine code of three entry points, which share one file of weights: `prefill` compresses a prompt, `extend`
-    appends a block of tokens whole, `decode` appends one. `kvfx.load` runs it, as does C++.
+    The folder holds machine code of entry points that share one file of weights: `prefill` compresses a prompt, `extend` appends a
+    block of tokens whole, `decode` appends one. `kvfx.load` runs it, as does C++.
 
     Args:
         model: what `compile` returned, or with `policy` any decoder that `compile` takes.
@@ -66,7 +66,7 @@ def export(
         SiteRefused: an attention is not understood.
         ArtifactError: something stands at `path`, or it cannot be written.
 
-    Cost: three traces and three runs of a C++ compiler, a minute or two for a few layers; bytes of the weights on disk.
+    Cost: three traces and three runs of a C++ compiler, five for a decoder without transformers code, a minute or two for a few layers; bytes of the weights on disk.
     """
     package.check_free(path)
     files = _tokenizer_files(model, tokenizer)

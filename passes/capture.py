@@ -233,10 +233,8 @@ def untrue(program: ExportedProgram, *lengths: range, total: int = sys.maxsize) 
 def symbols_of(program: ExportedProgram) -> list[Any]:
     """The symbols that are sizes of a program's inputs, in their order."""
     values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
-    sizes = [
-        size.node.expr for value in values if isinstance(value, Tensor) for size in value.shape if isinstance(size, torch.SymInt)
-    ]
-    return list(dict.fromkeys(sizes))
+    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    return list(dict.fromkeys(size.node.expr for size in sizes if isinstance(size, torch.SymInt)))
 
 
 def _tried(lengths: range, ends: int) -> list[int]:

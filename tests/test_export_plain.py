@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import kvfx
 from decoding import fresh_llama
 from kvfx.passes import aoti
-from packages import text, traced
+from packages import QUICK, text, traced
 from zoo_plain import PLAIN, VOCABULARY, Flat, NanoGPT, Preallocated, make
 
 PROMPT, NEW = 60, 24
@@ -76,7 +76,7 @@ def test_a_package_continues_and_answers_as_the_compiled_decoder_does(name, poli
     model = fresh(name, rows).to(dtype)
     packaged = traced(model, policy, PROMPT, NEW, rows, call_of(name))
     compiled = kvfx.compile(model, policy, backend="eager", on_refuse="error")
-    for length in LENGTHS if (name, policy, rows, dtype) not in FAST else (1, 17):
+    for length in LENGTHS if (name, policy, rows, dtype) not in FAST else (17,):  # of the reference each one is compiled
         assert_same(name, packaged, compiled, length, rows)
     slots = [held.shape[2] for held in packaged.about.state if held.name.endswith("keys")]
     assert max(slots) < PROMPT + NEW
@@ -103,24 +103,41 @@ def test_a_conversation_goes_on_behind_any_number_of_tokens():
         assert (cache.seen, cache.room) == (first + 6, NEW - 6)
 
 
-def test_where_shapes_count_tokens_programs_take_their_number():
-    packaged = traced(fresh("nanoGPT"), HALF, PROMPT, NEW)
-    entries = packaged.about.entries
+@pytest.fixture(scope="module")
+def pair() -> Any:
+    """A package for two rows."""
+    return traced(fresh("nanoGPT"), HALF, PROMPT, NEW, 2)
+
+
+def test_where_shapes_count_tokens_programs_take_their_number(pair):
+    entries = pair.about.entries
     assert {kind: (entry.shortest, entry.longest, entry.masked, entry.counted) for kind, entry in entries.items()} == {
         "prefill": (2, PROMPT, False, False), "first": (1, 1, False, False), "extend": (2, NEW, False, True),
         "decode": (1, 1, False, True), "second": (1, 1, False, True),
     }  # fmt: skip
-    assert (packaged.about.vocabulary, packaged.about.stop) == (VOCABULARY, ())
+    assert (pair.about.vocabulary, pair.about.stop) == (VOCABULARY, ())
 
 
-def test_padding_is_refused_where_a_decoder_takes_no_mask():
-    packaged = traced(fresh("nanoGPT", 2), HALF, PROMPT, NEW, 2)
+def test_padding_is_refused_where_a_decoder_takes_no_mask(pair):
     ids, mask = ids_of(6, rows=2), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     with pytest.raises(kvfx.InputError, match=r"rows of different lengths, \[6, 4\], of a decoder that takes no mask"):
-        packaged.compress(ids, mask)
+        pair.compress(ids, mask)
     with pytest.raises(kvfx.InputError, match=r"rows of different lengths, \[6, 4\], after the first turn"):
-        packaged.ask(packaged.compress(ids), ids, mask)
-    assert packaged.generate(ids, torch.ones_like(ids), max_new_tokens=2).shape == (2, 8)
+        pair.ask(pair.compress(ids), ids, mask)
+    assert pair.generate(ids, torch.ones_like(ids), max_new_tokens=2).shape == (2, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", ["nanoGPT", "gpt-fast"])
+def test_what_is_compiled_ahead_says_the_same(name, tmp_path):
+    model = fresh(name)
+    kvfx.export(model, tmp_path / "a", HALF, max_prompt=PROMPT, max_new_tokens=NEW, settings=QUICK, call=call_of(name))
+    packaged, compiled = kvfx.load(tmp_path / "a"), kvfx.compile(model, HALF, backend="eager")
+    for length in LENGTHS:
+        assert_same(name, packaged, compiled, length)
+    used = {weight for entry in packaged.about.entries.values() for weight in entry.weights.values()}
+    assert [weight for weight in used if weight.endswith("_cache")] == []  # which are empty, and not the package's
 
 
 # -- what cannot be exported -------------------------------------------------------------------------------------------------------
