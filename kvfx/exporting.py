@@ -66,7 +66,8 @@ def export(
         SiteRefused: an attention is not understood.
         ArtifactError: something stands at `path`, or it cannot be written.
 
-    Cost: three traces and three runs of a C++ compiler, five for a decoder without transformers code, a minute or two for a few layers; bytes of the weights on disk.
+    Cost: three traces and three runs of a C++ compiler, five for a decoder without transformers code, a minute or two for a few
+        layers; bytes of the weights on disk.
     """
     package.check_free(path)
     files = _tokenizer_files(model, tokenizer)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import kvfx
 from decoding import fresh_llama
 from kvfx.passes import aoti
 from packages import QUICK, text, traced
+from test_stores import Medley, Rolling
 from zoo_plain import PLAIN, VOCABULARY, Flat, NanoGPT, Preallocated, make
 
 PROMPT, NEW = 60, 24
@@ -73,16 +77,20 @@ FAST = [("nanoGPT", HALF, 3, torch.float32), ("preallocated", HALF, 1, torch.bfl
     ("name", "policy", "rows", "dtype"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 )
 def test_a_package_continues_and_answers_as_the_compiled_decoder_does(name, policy, rows, dtype):
+    is_fast = (name, policy, rows, dtype) in FAST
     model = fresh(name, rows).to(dtype)
+    if is_fast:
+        model.blocks = model.blocks[:1]
     packaged = traced(model, policy, PROMPT, NEW, rows, call_of(name))
     compiled = kvfx.compile(model, policy, backend="eager", on_refuse="error")
-    for length in LENGTHS if (name, policy, rows, dtype) not in FAST else (17,):  # of the reference each one is compiled
+    for length in (17,) if is_fast else LENGTHS:
         assert_same(name, packaged, compiled, length, rows)
     slots = [held.shape[2] for held in packaged.about.state if held.name.endswith("keys")]
     assert max(slots) < PROMPT + NEW
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "flat tuple" else pytest.mark.slow) for name in PLAIN])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_package_that_keeps_everything_says_what_the_decoder_says(name):
     model = fresh(name)
     packaged = traced(model, "knorm:1.0", PROMPT, NEW, 1, call_of(name))
@@ -93,6 +101,7 @@ def test_a_package_that_keeps_everything_says_what_the_decoder_says(name):
 def test_a_conversation_goes_on_behind_any_number_of_tokens():
     """Also behind one, which a program of its own reads."""
     model = fresh("nanoGPT")
+    model.blocks = model.blocks[:1]
     packaged = traced(model, "none", PROMPT, NEW)
     for first in (1, 2, 4):
         parts = [ids_of(first), ids_of(1, seed=2), ids_of(3, seed=3), ids_of(2, seed=4)]
@@ -106,7 +115,9 @@ def test_a_conversation_goes_on_behind_any_number_of_tokens():
 @pytest.fixture(scope="module")
 def pair() -> Any:
     """A package for two rows."""
-    return traced(fresh("nanoGPT"), HALF, PROMPT, NEW, 2)
+    model = fresh("nanoGPT")
+    model.blocks = model.blocks[:1]
+    return traced(model, HALF, PROMPT, NEW, 2)
 
 
 def test_where_shapes_count_tokens_programs_take_their_number(pair):
@@ -127,17 +138,76 @@ def test_padding_is_refused_where_a_decoder_takes_no_mask(pair):
     assert pair.generate(ids, torch.ones_like(ids), max_new_tokens=2).shape == (2, 8)
 
 
+def spelt(model: Any) -> Any:
+    """How a decoder is called that writes to caches that are arguments."""
+
+    def call(ids: Tensor, past: Any, seen: Any) -> dict[str, Any]:
+        empty = model.caches(1)
+        return {
+            "idx": ids,
+            "pos": torch.arange(seen, seen + ids.shape[1]),
+            "k_caches": empty,
+            "v_caches": model.caches(1),
+            "start": seen,
+        }
+
+    return call
+
+
+@pytest.mark.slow
+def test_caches_that_are_arguments_may_be_written_in_any_known_way():
+    torch.manual_seed(0)
+    model = Medley().eval()
+    packaged = traced(model, "knorm:1.0", PROMPT, NEW, 1, spelt(model))
+    for length in LENGTHS:
+        part, start, out = ids_of(length), 0, list[Tensor]()
+        caches = model.caches(1), model.caches(1)
+        for _ in range(8):
+            with torch.no_grad():
+                logits = model(part, torch.arange(start, start + part.shape[1]), *caches, start)
+            start += part.shape[1]
+            out.append(part := logits[:, -1:].argmax(-1))
+        assert torch.equal(packaged.generate(ids_of(length), max_new_tokens=8)[:, length:], torch.cat(out, 1))
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["nanoGPT", "gpt-fast"])
+def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
+    """A decoder and its package, by name."""
+    name, model = request.param, fresh(request.param)
+    path = tmp_path_factory.mktemp("packages") / "a"
+    kvfx.export(model, path, HALF, max_prompt=PROMPT, max_new_tokens=NEW, settings=QUICK, call=call_of(name))
+    return name, model, path
+
+
 @pytest.mark.slow
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", ["nanoGPT", "gpt-fast"])
-def test_what_is_compiled_ahead_says_the_same(name, tmp_path):
-    model = fresh(name)
-    kvfx.export(model, tmp_path / "a", HALF, max_prompt=PROMPT, max_new_tokens=NEW, settings=QUICK, call=call_of(name))
-    packaged, compiled = kvfx.load(tmp_path / "a"), kvfx.compile(model, HALF, backend="eager")
+def test_what_is_compiled_ahead_says_the_same(exported):
+    name, model, path = exported
+    packaged, compiled = kvfx.load(path), kvfx.compile(model, HALF, backend="eager")
     for length in LENGTHS:
         assert_same(name, packaged, compiled, length)
     used = {weight for entry in packaged.about.entries.values() for weight in entry.weights.values()}
-    assert [weight for weight in used if weight.endswith("_cache")] == []  # which are empty, and not the package's
+    assert [weight for weight in used if weight.endswith("_cache")] == []  # its own, which are not read
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake, which builds the example")
+def test_c_plus_plus_says_the_same_tokens(exported, tmp_path):
+    _, _, path = exported
+    packaged = kvfx.load(path)
+    source = Path(__file__).parents[1] / "examples" / "cpp"
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    subprocess.run(["cmake", "-S", source, "-B", tmp_path, "-DCMAKE_BUILD_TYPE=Release", prefix], check=True)
+    subprocess.run(["cmake", "--build", tmp_path], check=True)
+    for length in LENGTHS:
+        ids = ids_of(length)
+        given = " ".join(map(str, ids[0].tolist()))
+        done = subprocess.run([tmp_path / "kvfx_run", path, str(NEW)], input=given, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [str(token) for token in packaged.generate(ids, max_new_tokens=NEW)[0, length:].tolist()]
 
 
 # -- what cannot be exported -------------------------------------------------------------------------------------------------------
@@ -182,6 +252,11 @@ class Steady(nn.Module):
         return x
 
 
+def rolling() -> Any:
+    """Its first layer keeps a window of its own."""
+    return Rolling().eval()
+
+
 NUMBERS = {"max_prompt": PROMPT, "max_new_tokens": NEW}
 WRONG = {
     "arguments": (lambda: fresh("gpt-fast"), HALF, {}, kvfx.InputError, r"GptFast\.forward\(idx.*call=lambda ids, past, seen"),
@@ -192,6 +267,7 @@ WRONG = {
     "counts": (Counting, HALF, {}, kvfx.UnsupportedModel, "the past of Counting holds, beside keys and values, .* in its prefill"),
     "grows": (Logging, HALF, {}, kvfx.UnsupportedModel, r"holds, beside keys and values, a tensor \[1, .* whatever the length"),
     "asks": (Asking, HALF, {}, kvfx.UnsupportedModel, "the extend of Asking can be traced for 2 to 24 behind 31 to 83 tokens only"),
+    "windows": (rolling, HALF, {"call": lambda *given: spelt(rolling())(*given)}, kvfx.SiteRefused, "that are sliding windows or"),
     "heads": (NanoGPT, "adakv:0.5", {}, kvfx.PolicyError, "how many slots each of the heads wins"),
     "call": (fresh_llama, HALF, {"call": places}, kvfx.InputError, "LlamaForCausalLM is a transformers model"),
     "no policy": (NanoGPT, None, {}, kvfx.InputError, "NanoGPT was not made by kvfx.compile, so it has no policy"),
