@@ -142,14 +142,8 @@ def spelt(model: Any) -> Any:
     """How a decoder is called that writes to caches that are arguments."""
 
     def call(ids: Tensor, past: Any, seen: Any) -> dict[str, Any]:
-        empty = model.caches(1)
-        return {
-            "idx": ids,
-            "pos": torch.arange(seen, seen + ids.shape[1]),
-            "k_caches": empty,
-            "v_caches": model.caches(1),
-            "start": seen,
-        }
+        given = {"idx": ids, "pos": torch.arange(seen, seen + ids.shape[1]), "start": seen}
+        return {**given, "k_caches": model.caches(1), "v_caches": model.caches(1)}
 
     return call
 
