@@ -52,22 +52,30 @@ def step(
         if BUFFERS in past.form.places:
             held = filled[BUFFERS]
     args, kwargs = tree.build(call.spec, values)
-    own = {name: tree.attribute(module, name) for name in held}
-    for name, tensor in held.items():
-        tree.set_attribute(module, name, tensor)
-    out = module(*args, **kwargs)
+    out, buffers = called(module, args, kwargs, held)
     state = {
         name: argument
         for name, argument in zip(call.names, [*args, *kwargs.values()], strict=True)
         if (name in past.form.places if past is not None else any(map(may_be_cache, tree.leaves_of(argument))))
     }
     if held:
-        state[BUFFERS] = {name: tree.attribute(module, name) for name in held}
-    for name, tensor in own.items():
-        tree.set_attribute(module, name, tensor)
+        state[BUFFERS] = buffers
     result = (out, state)
     marks = [torch.ops.kvfx.cache_leaf(leaf, positions, sizes) if may_be_cache(leaf) else None for leaf in tree.leaves_of(result)]
     return result, marks, seen + length
+
+
+def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: dict[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """What a module returns with `held` in place of its buffers of those names, and what these hold afterwards. Also traced."""
+    own = {name: tree.attribute(module, name) for name in held}
+    for name, tensor in held.items():
+        tree.set_attribute(module, name, tensor)
+    try:
+        out = module(*args, **kwargs)
+        return out, {name: tree.attribute(module, name) for name in held}
+    finally:
+        for name, tensor in own.items():
+            tree.set_attribute(module, name, tensor)
 
 
 def may_be_cache(leaf: Any) -> bool:

@@ -6,12 +6,13 @@ cache, is a list of tensors here that every entry point takes and writes in plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import kvfx
@@ -22,9 +23,10 @@ from kvfx.errors import InputError, SiteRefused, UnsupportedModel
 from kvfx.fingerprint import fingerprint
 from kvfx.lower import lower, lower_program
 from kvfx.package import About, Entry, Held
-from kvfx.passes import aoti
+from kvfx.passes import aoti, capture
+from kvfx.passes.cache_write import size_of
 from kvfx.passes.plan import Keep, Plan
-from kvfx.passes.report import Stranded, Unscored
+from kvfx.passes.report import Stranded, Unscored, Unstored
 from kvfx.policy import Policy, as_policy
 from kvfx.quota import slots_of_prompt
 from kvfx.static_cache import StaticCache
@@ -64,20 +66,25 @@ class EntryPoints:
         cls, model: Any, policy: Any, max_prompt: int, max_new_tokens: int, batch: int, settings: Mapping[str, Any]
     ) -> EntryPoints:
         """See `export`."""
-        base, chosen, plan, keep = _asked_for(model, policy)
-        _check_lengths(base, max_prompt, max_new_tokens, batch)
-        windows, tokens = hf.windows(base), max_prompt + max_new_tokens
-        kept = max(slots_of_prompt(chosen, length, len(windows)) for length in range(1, max_prompt + 1))
-        cache = StaticCache(kept + max_new_tokens, tokens)
-        cache.allocate(engine_of(base, "inductor").slots_like(base), windows, batch, tokens)
+        base, chosen, sketches = asked_for(model, policy)
+        check_lengths(base, hf.text_limit(base), max_prompt, max_new_tokens, batch)
+        windows = hf.windows(base)
+        keep = lower_program(chosen, windows, sketches).keep  # which refuses what no program can follow
+        plan, like = lower(chosen, sketches), engine_of(base, "inductor").slots_like(base)
+        cache = empty_cache(chosen, like, windows, max_prompt, max_new_tokens, batch)
         takes_positions = "position_ids" in hf.forward_signature(base).parameters
         return cls(base, chosen, plan, keep, cache, max_prompt, max_new_tokens, settings, batch > 1 or not takes_positions)
 
-    def programs(self) -> dict[str, tuple[Entry, ExportedProgram]]:
-        """All entry points. Rows of several may be padded, where that is possible."""
+    @property
+    def kinds(self) -> dict[str, bool]:
+        """The entry points by name, and whether rows of them may be padded, where that is possible."""
         masked = self.cache.batch_size > 1
         behind = masked and not any(layer.window for layer in self.cache.layers)  # see `block.uneven_turn`
-        return {kind: self.program(kind, mask) for kind, mask in (("prefill", masked), ("extend", behind), ("decode", False))}
+        return {"prefill": masked, "extend": behind, "decode": False}
+
+    def programs(self) -> dict[str, tuple[Entry, ExportedProgram]]:
+        """All entry points."""
+        return {kind: self.program(kind, masked) for kind, masked in self.kinds.items()}
 
     def program(self, kind: str, masked: bool) -> tuple[Entry, ExportedProgram]:
         """Trace and rewrite one entry point, which may take no mask though it is asked to.
@@ -86,126 +93,175 @@ class EntryPoints:
             UnsupportedModel: the decoder cannot be traced, or not for all lengths that are wanted.
             SiteRefused: an attention is not understood.
         """
-        plan = self.plan if kind == "prefill" else STORE_ALL
-        longest = {"prefill": self.max_prompt, "extend": self.max_new_tokens, "decode": 1}[kind]
-        program = self._trace(kind, plan, masked, longest)
+        plan, entry = self.plan if kind == "prefill" else STORE_ALL, self._entry(kind, masked)
+        program = self._trace(kind, plan, entry)
         try:
-            report = passes.run(program, plan, marked=True)
+            # Code that counts tokens asks about their number; all answers are tried on the range.
+            report = passes.run(program, plan, marked=True, ask_small=entry.counted)
         except Unscored as unscored:
             raise SiteRefused(
                 f"not every cache layer of {type(self.model).__name__} can be compressed, and a package leaves none alone:\n"
                 f"  {unscored}\nExport with another policy, or with none"
             ) from unscored
-        except Stranded as stranded:
+        except (Stranded, Unstored) as stranded:
             raise refused(type(self.model).__name__, stranded) from stranded
         if plan.score is not None:
             judge(report, type(self.model).__name__, "error")
         if masked and kind == "extend" and report.counts_columns:  # see `block.uneven_turn`
             return self.program(kind, False)
-        if kind != "decode":
-            self._check_range(kind, program, longest)
-        checks = plan.score is not None and bool(report.compressed)
-        return Entry(1 if kind == "decode" else SHORTEST, longest, masked, checks, {}), program
+        self._check_range(kind, program, self._lengths(kind, entry))
+        return replace(entry, checks=plan.score is not None and bool(report.compressed)), program
 
-    def compile(self, entry: Entry, program: ExportedProgram) -> aoti.Files:
+    def compile(self, kind: str, entry: Entry, program: ExportedProgram) -> aoti.Files:
         """Compile one entry point.
 
         Raises:
             UnsupportedModel: the machine code would be right for some lengths only.
         """
         try:
-            return aoti.compile_ahead(program, range(entry.shortest, entry.longest + 1), self.settings)
+            return aoti.compile_ahead(program, self._lengths(kind, entry), self.tokens + 1, self.settings)
         except aoti.Specialised as error:
             raise UnsupportedModel(f"{type(self.model).__name__} cannot be compiled for all lengths: {error}") from error
 
     def about(self, entries: Mapping[str, Entry]) -> About:
         """What the package says of itself."""
-        model = self.model
-        config, generation = model.config.get_text_config(decoder=True), getattr(model, "generation_config", None)
-        stop = getattr(generation, "eos_token_id", None)
-        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
-        pad = getattr(generation, "pad_token_id", None)
+        stop, pad = self._stop()
         held = [
             Held(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), -1 if name.endswith("positions") else 0)
-            for name, tensor in self.cache.tensors().items()
+            for name, tensor in self._state().items()
         ]
         return About(
-            model=type(model).__name__,
+            model=type(self.model).__name__,
             policy=str(self.policy),
             batch=self.cache.batch_size,
-            vocabulary=config.vocab_size,
+            vocabulary=self._vocabulary(),
             max_prompt=self.max_prompt,
             max_new_tokens=self.max_new_tokens,
-            stop=tuple(stop),
-            pad=pad if pad is not None else stop[0] if stop else 0,
+            stop=stop,
+            pad=pad,
             device=self.cache.lengths_seen.device.type,
             versions={"kvfx": kvfx.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
             machine=package.this_machine(),
-            fingerprint=fingerprint(model),
+            fingerprint=fingerprint(self.model),
             state=tuple(held),
             entries=entries,
             files={},
         )
 
-    def _trace(self, kind: str, plan: Plan, masked: bool, longest: int) -> ExportedProgram:
+    def _vocabulary(self) -> int:
+        """Token ids are below it."""
+        size: int = self.model.config.get_text_config(decoder=True).vocab_size
+        return size
+
+    def _stop(self) -> tuple[tuple[int, ...], int]:
+        """The tokens that end a text, and the one that rows are filled up with."""
+        generation = getattr(self.model, "generation_config", None)
+        stop = getattr(generation, "eos_token_id", None)
+        stop = [] if stop is None else [stop] if isinstance(stop, int) else stop
+        pad = getattr(generation, "pad_token_id", None)
+        return tuple(stop), pad if pad is not None else stop[0] if stop else 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest text."""
+        return self.max_prompt + self.max_new_tokens
+
+    def _entry(self, kind: str, masked: bool) -> Entry:
+        longest = {"prefill": self.max_prompt, "extend": self.max_new_tokens}.get(kind, 1)
+        return Entry(min(SHORTEST, longest), longest, masked, False, {})
+
+    def _lengths(self, kind: str, entry: Entry) -> list[range]:
+        """Of what may vary: new tokens, and the length that carries the number of those seen, one more than they are."""
+        new = [range(entry.shortest, entry.longest + 1)] if entry.longest > 1 else []
+        return new + ([range(SHORTEST + 1, self.tokens + 1)] if entry.counted and kind != "second" else [])
+
+    def _module(self, kind: str, plan: Plan, masked: bool) -> nn.Module:
+        """The entry point as a function of tensors."""
+        most = self.cache.capacity - self.max_new_tokens
         keep = self.keep if kind == "prefill" else None
+        return EntryPoint(self.model, kind, self.cache, plan, keep, most, masked, self.shows_padding)
+
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors that every entry point takes and writes, by name, as they are in an empty cache."""
+        return self.cache.tensors()
+
+    def _trace(self, kind: str, plan: Plan, entry: Entry) -> ExportedProgram:
         device, batch = self.cache.lengths_seen.device, self.cache.lengths_seen.shape[0]
-        length, most = 1 if kind == "decode" else longest - 1, self.cache.capacity - self.max_new_tokens
-        varies: dict[int, Any] = {} if kind == "decode" else {1: Dim.AUTO(min=SHORTEST, max=longest)}
+        length = max(entry.longest - 1, 1)
+        varies: dict[int, Any] = {1: Dim.AUTO(min=SHORTEST, max=entry.longest)} if entry.longest > 1 else {}
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
-        mask = [torch.ones(batch, length, dtype=torch.bool, device=device)] if masked else []
-        held = [*mask, *self.cache.tensors().values()]
-        shapes = (varies, [*(varies for _ in mask), *({} for _ in held[len(mask) :])])
+        front, shapes = list[Tensor](), list[dict[int, Any]]()
+        if entry.masked:
+            front, shapes = [torch.ones(batch, length, dtype=torch.bool, device=device)], [varies]
+        if entry.counted:
+            seen = 1 if kind == "second" else self.max_prompt - 1 - (self.max_prompt == length)  # no two sizes alike by chance
+            front = [size_of(seen, device)]
+            shapes = [{} if kind == "second" else {0: Dim.AUTO(min=SHORTEST + 1, max=self.tokens)}]
+        held = [*front, *self._state().values()]
+        shapes += [{} for _ in held[len(front) :]]
         try:
-            entry = EntryPoint(self.model, kind, self.cache, plan, keep, most, masked, self.shows_padding).eval()
+            module = self._module(kind, plan, entry.masked).eval()
             with torch.no_grad():
-                return torch.export.export(entry, (ids, held), dynamic_shapes=shapes, strict=False)
+                return torch.export.export(module, (ids, held), dynamic_shapes=(varies, shapes), strict=False)
         except RuntimeError as error:
             if not self.shows_padding:
                 self.shows_padding = True  # as `Runner._run_static`: without a mask the model would count the tokens seen
-                return self._trace(kind, plan, masked, longest)
+                return self._trace(kind, plan, entry)
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot be traced as a {kind}: {str(error).strip().splitlines()[0]}"
             ) from error
 
-    def _check_range(self, kind: str, program: ExportedProgram, longest: int) -> None:
-        """Make sure that a program takes all lengths that are wanted: to pad shorter ones would hide what the model's code asks."""
-        bounds = [(int(each.lower), int(each.upper)) for each in program.range_constraints.values()]
-        if bounds != [(SHORTEST, longest)]:
-            found = f"{bounds[0][0]} to {bounds[0][1]}" if bounds else str(longest - 1)
+    def _check_range(self, kind: str, program: ExportedProgram, wanted: Sequence[range]) -> None:
+        """Make sure that a program takes all lengths wanted: to pad shorter ones would hide what the model's code asks."""
+        bounds = [program.range_constraints.get(symbol) for symbol in capture.symbols_of(program)]
+        found = [range(int(each.lower), int(each.upper) + 1) for each in bounds if each is not None]
+        if found != list(wanted):
+            given = _spans(found) if found else str(max(each[-1] for each in wanted) - 1)
             raise UnsupportedModel(
-                f"the {kind} of {type(self.model).__name__} can be traced for {found} tokens only, and {SHORTEST} to {longest} are "
+                f"the {kind} of {type(self.model).__name__} can be traced for {given} tokens only, and {_spans(wanted)} are "
                 "wanted: its code asks how many there are"
             )
 
 
-def _asked_for(model: Any, policy: Any) -> tuple[Any, Policy, Plan, Keep | None]:
-    """The plain decoder, what its prefill evicts, and how much it keeps."""
+def _spans(lengths: Sequence[range]) -> str:
+    """New tokens, and those seen before, which are one less than the length that carries them."""
+    new, *seen = (f"{each[0]} to {each[-1]}" for each in (*lengths[:1], *(range(each[0] - 1, each[-1]) for each in lengths[1:])))
+    return " behind ".join([new, *seen])
+
+
+def asked_for(model: Any, policy: Any) -> tuple[Any, Policy, Any]:
+    """The plain decoder, the policy, and the sketches that a compiled model brings with its own."""
     runner: Any = getattr(model, "_kvfx", None)
     if policy is None and runner is None:
         raise InputError(
             f"{type(model).__name__} was not made by kvfx.compile, so it has no policy. Pass one: "
             "export(model, path, 'compactor:0.5', ...)"
         )
-    base = hf.unwrap(model)
-    if not hf.is_transformers(base):
-        raise UnsupportedModel(
-            f"{type(base).__name__} is no transformers model, and a package is made of a static cache, which only those take. "
-            "torch.export its prefill and run kvfx.passes.run on that; see README.md"
-        )
     chosen = runner.policy if policy is None else as_policy(policy)
-    sketches = runner.plan.sketches if policy is None else None
-    keep = lower_program(chosen, hf.windows(base), sketches).keep  # which refuses what no program can follow
-    return base, chosen, lower(chosen, sketches), keep
+    return hf.unwrap(model), chosen, runner.plan.sketches if policy is None else None
 
 
-def _check_lengths(model: Any, max_prompt: int, max_new_tokens: int, batch: int) -> None:
+def empty_cache(
+    policy: Policy, like: Sequence[tuple[Tensor, Tensor]], windows: Sequence[int | None], prompt: int, new: int, batch: int
+) -> StaticCache:
+    """A cache with room for what is kept of `prompt` tokens, and `new` ones behind them."""
+    kept = max(slots_of_prompt(policy, length, len(windows)) for length in range(1, prompt + 1))
+    cache = StaticCache(kept + new, prompt + new)
+    cache.allocate(like, windows, batch, prompt + new)
+    return cache
+
+
+def check_lengths(model: Any, limit: int | None, max_prompt: int, max_new_tokens: int, batch: int) -> None:
+    """Make sure that the numbers make sense together.
+
+    Raises:
+        InputError: they do not.
+    """
     if batch < 1 or max_prompt < LEAST or max_new_tokens < LEAST:
         raise InputError(
             f"max_prompt={max_prompt}, max_new_tokens={max_new_tokens}, batch={batch}: expected at least {LEAST} tokens "
             "of each and one row"
         )
-    limit = hf.text_limit(model)
     if limit is not None and max_prompt + max_new_tokens > limit:
         raise InputError(
             f"max_prompt={max_prompt} and max_new_tokens={max_new_tokens} make texts of {max_prompt + max_new_tokens} tokens, and "

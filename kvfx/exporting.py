@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from kvfx import package
-from kvfx.entry_points import EntryPoints
 from kvfx.errors import InputError, UnsupportedModel
 from kvfx.package import PROGRAMS, WEIGHTS, Entry
 from kvfx.passes import aoti
 from kvfx.policy import Policy
+from kvfx.written import Calls
+from kvfx.written_entry_points import entry_points
 
 # What turns text into ids and back, where the model was loaded from; its names are transformers'.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -33,14 +34,15 @@ def export(
     batch: int = 1,
     tokenizer: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    call: Calls | None = None,
 ) -> Path:
     """Write a decoder whose prefill compresses its cache as a folder that runs without Python; see docs/export.md.
 
-    The folder holds machine code of three entry points, which share one file of weights: `prefill` compresses a prompt, `extend`
-    appends a block of tokens whole, `decode` appends one. `kvfx.load` runs it, as does C++.
+    The folder holds machine code of entry points that share one file of weights: `prefill` compresses a prompt, `extend` appends a
+    block of tokens whole, `decode` appends one. `kvfx.load` runs it, as does C++.
 
     Args:
-        model: what `compile` returned, or with `policy` any transformers decoder that `compile` takes.
+        model: what `compile` returned, or with `policy` any decoder that `compile` takes.
         path: the folder to make; nothing may stand there.
         policy: what to keep; the default is the policy of a compiled model.
         max_prompt: tokens of the longest prompt, padding included.
@@ -48,25 +50,31 @@ def export(
         batch: rows of every call. With several, rows of a prompt may be padded on the left.
         tokenizer: a folder with `tokenizer.json`, which is copied; the default is where the model was loaded from.
         settings: further settings of Inductor, such as `{"aot_inductor.compile_wrapper_opt_level": "O0"}`.
+        call: how a decoder without transformers code is called: `(ids, past, seen) -> arguments by name`, with new ids [B, S], the
+            past in the decoder's own form, None if it holds none or is no argument, and the number of tokens seen. The default
+            takes the first argument for the ids and the only other one for the past. Where the past stands in arguments that the
+            decoder writes to, give empty ones.
 
     Returns:
         The path.
 
     Raises:
-        InputError: the numbers make no sense together, or `model` is not compiled and there is no policy.
+        InputError: the numbers make no sense together, `model` is not compiled and there is no policy, or it is not known how it
+            is called.
         PolicyError: how many slots the policy keeps follows from data; the message says which part of it.
         UnsupportedModel: the model cannot be traced, or not for all lengths.
         SiteRefused: an attention is not understood.
         ArtifactError: something stands at `path`, or it cannot be written.
 
-    Cost: three traces and three runs of a C++ compiler, a minute or two for a few layers; bytes of the weights on disk.
+    Cost: three traces and three runs of a C++ compiler, five for a decoder without transformers code, a minute or two for a few
+        layers; bytes of the weights on disk.
     """
     package.check_free(path)
     files = _tokenizer_files(model, tokenizer)
-    points = EntryPoints.of(model, policy, max_prompt, max_new_tokens, batch, settings or {})
+    points = entry_points(model, policy, max_prompt, max_new_tokens, batch, settings or {}, call)
     with package.building(path) as folder:
         made = points.programs()
-        aoti.write_archive(folder / PROGRAMS, {kind: points.compile(*each) for kind, each in made.items()})
+        aoti.write_archive(folder / PROGRAMS, {kind: points.compile(kind, *each) for kind, each in made.items()})
         entries = _share_weights(folder, made)
         for file in files:
             shutil.copyfile(file, folder / file.name)

@@ -21,7 +21,7 @@ import torch
 
 from kvfx.errors import ArtifactError
 
-FORMAT = "1.0"
+FORMAT = "1.1"
 ABOUT, PROGRAMS, WEIGHTS = "kvfx.json", "programs.pt2", "weights.safetensors"
 VECTORS = ("DEFAULT", "AVX2", "AVX512")  # what x86 processors may have, each with all before it
 
@@ -45,7 +45,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Entry:
-    """What an entry point takes and gives; see `entry_point.EntryPoint`.
+    """What an entry point takes and gives; see `entry_point.EntryPoint` and `written_entry_point`.
 
     Attributes:
         shortest: the fewest new tokens.
@@ -53,6 +53,7 @@ class Entry:
         masked: whether it takes a mask of real tokens behind the ids.
         checks: whether it also returns if all scores were finite.
         weights: for the name of each constant, the name of a tensor in the weights file.
+        counted: whether it takes, in front of the cache, an empty tensor [L + 1, 0] float32, where L is the number of tokens seen.
     """
 
     shortest: int
@@ -60,6 +61,7 @@ class Entry:
     masked: bool
     checks: bool
     weights: Mapping[str, str]
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class About:
         machine: what the programs were compiled for.
         fingerprint: what identifies the model, see `kvfx.fingerprint`.
         state: tensors of the cache, in the order in which they are given.
-        entries: "prefill", "extend" and "decode".
+        entries: "prefill", "extend" and "decode"; "first" where decode does not read a prompt of one token.
         files: sha256 of each file beside this description.
         format: of the package.
     """

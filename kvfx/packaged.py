@@ -210,8 +210,13 @@ class PackagedModel:
             raise InputError(
                 f"the prompt has {length} tokens, the package takes 1 to {entry.longest}. Export with a larger max_prompt"
             )
-        if length == 1:
-            return self._run("decode", cache, ids, None)  # of one token nothing is evicted
+        if valid is not None and not entry.masked:
+            raise InputError(
+                f"rows of different lengths, {valid.sum(1).tolist()}, of a decoder that takes no mask of padding. Give rows of "
+                "equal lengths, or one by one"
+            )
+        if length == 1:  # of which nothing is evicted
+            return self._run("first" if "first" in self.about.entries else "decode", cache, ids, None)
         return self._run("prefill", cache, ids, valid)
 
     def _extend(self, cache: PackagedCache, ids: Tensor, valid: Tensor | None) -> Tensor:
@@ -222,18 +227,24 @@ class PackagedModel:
         if valid is not None and not entry.masked:
             raise InputError(
                 f"rows of different lengths, {valid.sum(1).tolist()}, after the first turn: padding would count as part of this "
-                "model's sliding windows, or as distance in its biases. Give equally many new tokens to all rows"
+                "model's sliding windows, or as distance in its biases, or it takes no mask. Give equally many new tokens to all "
+                "rows"
             )
-        logits = self._run("decode" if length == 1 else "extend", cache, ids, valid)
+        if cache.seen == 1 and "second" in self.about.entries:
+            logits, ids = self._run("second", cache, ids[:, :1], None), ids[:, 1:]
+        if ids.shape[1]:
+            logits = self._run("decode" if ids.shape[1] == 1 else "extend", cache, ids, valid)
         cache.room -= length
         return logits
 
     def _run(self, name: str, cache: PackagedCache, ids: Tensor, valid: Tensor | None) -> Tensor:
         entry = self.about.entries[name]
-        masks = []
+        front = [ids.contiguous()]
         if entry.masked:
-            masks = [torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.contiguous()]
-        logits, *finite = self._programs[name].run([ids.contiguous(), *masks, *cache.tensors])
+            front.append(torch.ones_like(ids, dtype=torch.bool) if valid is None else valid.contiguous())
+        if entry.counted:
+            front.append(torch.empty(cache.seen + 1, 0, device=self._device))
+        logits, *finite = self._programs[name].run([*front, *cache.tensors])
         if finite and not bool(finite[0]):
             raise InputError(
                 f"scores of {self.about.policy} are not finite: keys, queries or values hold inf or nan. Check the weights and the "

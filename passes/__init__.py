@@ -21,6 +21,7 @@ from kvfx.passes.find_attention import find_attention
 from kvfx.passes.insert_eviction import insert_eviction
 from kvfx.passes.insert_scores import insert_scores
 from kvfx.passes.lower import lower
+from kvfx.passes.new_states import take_new_states
 from kvfx.passes.plan import Plan
 from kvfx.passes.read_slots import read_slots
 from kvfx.passes.report import Report
@@ -35,6 +36,7 @@ PIPELINE: tuple[Pass, ...] = (
     forward_stores,  # before all: what was written to a part of a tensor is then plain to see where it is read
     find_attention,  # everything else starts from sites
     shorten_reads,  # before caches: keys are then the new ones, not all places of a buffer
+    take_new_states,  # before caches: what is stored of a returned past is then what attention reads
     attach_leaves,  # before caches: makes a write of each returned tensor that is a layer's keys or values
     attach_cache,  # before scores: a site that writes no cache needs none
     read_slots,  # from here on lengths are physical
@@ -58,7 +60,9 @@ PREFILL_PROGRAM: tuple[Pass, ...] = (
 OTHER_PROGRAM: tuple[Pass, ...] = (find_attention, name_caches, lower)
 
 
-def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: bool = False, marked: bool = False) -> Report:
+def run(
+    module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: bool = False, marked: bool = False, ask_small: bool = False
+) -> Report:
     """Rewrite `module` in place as `plan` says.
 
     An exported program that is run with a score is a prefill: a forward without a past, of rows without padding, whose positions
@@ -74,6 +78,8 @@ def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: boo
         plan: what to score and protect.
         check_each: verify after every pass, not only at the end.
         marked: whether an exported program was traced with a cache of kvfx.
+        ask_small: whether ops in an exported program may ask about sizes, see `capture.editing`. The default is that they may where
+            nothing else works.
 
     Returns:
         What was found, done and refused.
@@ -83,7 +89,7 @@ def run(module: fx.GraphModule | ExportedProgram, plan: Plan, *, check_each: boo
     """
     if isinstance(module, ExportedProgram):
         try:
-            return _run_exported(module, plan, check_each, marked)
+            return _run_exported(module, plan, check_each, marked, ask_small)
         except capture.NeedsSizes:
             return _run_exported(module, plan, check_each, marked, ask_small=True)
     report = Report()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ class Specialised(Exception):
     """Raised where machine code would be right for some lengths only."""
 
 
-def compile_ahead(program: ExportedProgram, lengths: range, settings: Mapping[str, Any]) -> Files:
+def compile_ahead(program: ExportedProgram, lengths: Sequence[range], total: int, settings: Mapping[str, Any]) -> Files:
     """Compile a program that is to run at `lengths`.
 
     Args:
         program: what is compiled, for the device that its tensors are on.
-        lengths: of its symbol, if it has one.
+        lengths: of its symbols, if it has any.
+        total: the most that they add up to.
         settings: further ones of Inductor.
 
     Raises:
@@ -50,7 +51,7 @@ def compile_ahead(program: ExportedProgram, lengths: range, settings: Mapping[st
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)  # of torch, to itself
         files = aot_compile(module, args, kwargs, options={**SETTINGS, **settings})
-    false = capture.untrue(program, lengths)
+    false = capture.untrue(program, *lengths, total=total)
     if false:
         raise Specialised("; ".join(false))
     return files

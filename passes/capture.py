@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -204,22 +206,40 @@ def editing(program: ExportedProgram, ask_small: bool = False) -> Iterator[list[
             narrowed.append(f"{symbol} in {now}, before in {before}")
 
 
-def untrue(program: ExportedProgram, lengths: range) -> list[str]:
+def untrue(program: ExportedProgram, *lengths: range, total: int = sys.maxsize) -> list[str]:
     """The conditions on lengths that tracing or compiling took for granted and that do not hold for all of `lengths`.
 
-    AOTInductor checks no condition when it runs. Those on one symbol are tried on every length, as far as there are `SMALL` of them
-    at both ends, and at every power of two between, one more and one less.
+    AOTInductor checks no condition when it runs. They are tried on every length, as far as there are `SMALL` of them at both ends,
+    and at every power of two between, one more and one less; of several lengths on all combinations of fewer.
+
+    Args:
+        program: whose conditions.
+        lengths: of each of its symbols, in the order in which its inputs have them.
+        total: the most that they add up to.
     """
     shapes, false = _get_shape_env_from_gm(program.graph_module), list[str]()
-    near = {2**power + more for power in range(40) for more in (-1, 0, 1)}
-    tried = sorted({*lengths[:SMALL], *lengths[-SMALL:], *(size for size in near if size in lengths)})
+    symbols = dict(zip(symbols_of(program), (_tried(each, SMALL if len(lengths) == 1 else 8) for each in lengths), strict=False))
     for guard in () if shapes is None else shapes.guards:
         condition = shapes.replace(guard.expr)
-        (symbol, *others) = condition.free_symbols or (None,)
-        bad = [size for size in tried if symbol is not None and condition.subs(symbol, size) == False]  # noqa: E712 - of sympy
-        if others or bad:
-            false.append(f"{condition}, which " + (f"does not hold of {bad[0]}" if bad else "is of more than one length"))
+        free = sorted(condition.free_symbols, key=str)
+        cases = itertools.product(*(symbols.get(symbol, ()) for symbol in free)) if free else [()]
+        bad = [case for case in cases if sum(case) <= total and condition.subs(dict(zip(free, case, strict=True))) == False]  # noqa: E712
+        if bad or not symbols.keys() >= set(free):
+            where = " and ".join(map(str, bad[0])) if bad else ""
+            false.append(f"{condition}, which " + (f"does not hold of {where}" if bad else "is of more than one length"))
     return false
+
+
+def symbols_of(program: ExportedProgram) -> list[Any]:
+    """The symbols that are sizes of a program's inputs, in their order."""
+    values = [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
+    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    return list(dict.fromkeys(size.node.expr for size in sizes if isinstance(size, torch.SymInt)))
+
+
+def _tried(lengths: range, ends: int) -> list[int]:
+    near = {2**power + more for power in range(40) for more in (-1, 0, 1)}
+    return sorted({*lengths[:ends], *lengths[-ends:], *(size for size in near if size in lengths)})
 
 
 def check_sizes(module: fx.GraphModule, given: fx.GraphModule) -> None:

@@ -33,6 +33,10 @@ class Unscored(LayersFail):
     """The new tokens of layers cannot be scored, and their cache asks for scores: no attention is understood that reads them."""
 
 
+class Unstored(LayersFail):
+    """Raised where a decoder returns, as keys or values of a layer, what is not understood as those of its new tokens."""
+
+
 class NoKernel(Exception):
     """Triton kernels were asked for, and one cannot run; says which, and why. Leaves the passes."""
 

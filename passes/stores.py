@@ -20,6 +20,7 @@ from kvfx.passes.cache_leaf import MARK
 from kvfx.passes.cache_read import READ
 from kvfx.passes.content import COPIES, FILLED, MADE, Content, apart, length_of
 from kvfx.passes.graph import aten, call, inputs, is_call, replace, val
+from kvfx.passes.new_states import NEW
 from kvfx.passes.plan import Plan
 from kvfx.passes.report import Refuse, Report
 from kvfx.passes.store_spellings import (
@@ -46,7 +47,7 @@ def forward_stores(module: fx.GraphModule, plan: Plan, report: Report) -> None:
     A past that grows may begin empty: what is joined to nothing is itself.
     """
     _Stores(module.graph).run()
-    if module.graph.find_nodes(op="call_function", target=MARK):
+    if any(module.graph.find_nodes(op="call_function", target=target) for target in (MARK, NEW)):
         drop_needless_copies(module.graph)
 
 
@@ -90,7 +91,7 @@ class _Stores:
                 continue
             elif is_call(node, aten.clone.default) and below(inputs(node)[0]) in self.contents and not apart(inputs(node)[0])[1]:
                 self.contents[node] = self.contents[below(inputs(node)[0])]
-            elif is_call(node, MARK):
+            elif is_call(node, MARK, NEW):
                 self._note_leaf(node)
             elif node.op == "call_function":
                 self._mark_whole_reads(node)
@@ -266,7 +267,9 @@ def _is_zero(tensor: fx.Node) -> bool:
 def _is_returned(node: fx.Node) -> bool:
     """Whether `node` is returned, after what was written to it in a functional graph."""
     return any(
-        is_call(user, MARK) or user.op == "output" or (user.target in SPELLINGS and user.args[0] is node and _is_returned(user))
+        is_call(user, MARK, NEW)
+        or user.op == "output"
+        or (user.target in SPELLINGS and user.args[0] is node and _is_returned(user))
         for user in _readers(node)
     )
 

@@ -24,8 +24,8 @@ def drop_unread(graph: fx.Graph) -> None:
     todo = [graph.output_node()]
     for node in graph.nodes:
         if writes(node):
-            written.setdefault(below(node), []).append(node)
-        if node.op == "call_function" and node.is_impure() and (not writes(node) or below(node).op != "call_function"):
+            written.setdefault(below(inputs(node)[0]), []).append(node)
+        if node.op == "call_function" and node.is_impure() and (not writes(node) or below(inputs(node)[0]).op != "call_function"):
             todo.append(node)
     alive: set[fx.Node] = set()
     while todo:

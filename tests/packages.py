@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from kvfx.entry_points import EntryPoints
 from kvfx.packaged import PackagedModel
+from kvfx.written_entry_points import entry_points
 
 GREEDY = {"do_sample": False, "eos_token_id": None}
 # What takes least time to compile, of what was tried; the same for all, because each set has precompiled headers of its own.
@@ -35,9 +35,9 @@ class Traced:
             return list(self.module(ids, held))
 
 
-def traced(model: Any, policy: Any, max_prompt: int, max_new_tokens: int, batch: int = 1) -> PackagedModel:
+def traced(model: Any, policy: Any, max_prompt: int, max_new_tokens: int, batch: int = 1, call: Any = None) -> PackagedModel:
     """What `kvfx.load` would return of `kvfx.export(model, ...)`, not compiled."""
-    points = EntryPoints.of(model, policy, max_prompt, max_new_tokens, batch, {})
+    points = entry_points(model, policy, max_prompt, max_new_tokens, batch, {}, call)
     made = points.programs()
     about = points.about({kind: entry for kind, (entry, _) in made.items()})
     return PackagedModel(Path("nowhere"), about, {kind: Traced(program) for kind, (_, program) in made.items()})

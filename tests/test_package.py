@@ -265,7 +265,7 @@ DAMAGE = {
     "programs": (flipped(PROGRAMS), r"programs\.pt2 does not match its checksum"),
     "description": (flipped("kvfx.json"), r"kvfx\.json (does not match its checksum|cannot be read)"),
     "foreign": (lambda folder: (folder / "kvfx.json").write_text("{}"), r"damaged or no kvfx package: kvfx\.json cannot be read"),
-    "newer": (edited(lambda about: {"format": "2.0"}), r"has format 2\.0, this version reads 1\.0\. Update kvfx or export again"),
+    "newer": (edited(lambda about: {"format": "2.0"}), r"has format 2\.0, this version reads 1\.1\. Update kvfx or export again"),
     "minor": (edited(lambda about: {"state": (*about.state, {"name": "a", "shape": [], "later": 1})}), "fields that this version"),
     "torch": (edited(lambda about: {"versions": {"torch": "2.1.0"}}), r"compiled for torch 2\.1\.0, and this is"),
     "system": (edited(lambda about: {"machine": {**about.machine, "system": "Plan 9"}}), "compiled for Plan 9, and this is"),

@@ -31,8 +31,8 @@ static int run(const std::string& folder, int64_t count) {
   auto cache = package.empty_cache();
   auto prompt = at::tensor(ids, at::kLong).unsqueeze(0);
   start = std::chrono::steady_clock::now();
-  // Of one token nothing is evicted, and the prefill is for more.
-  auto logits = package.run(ids.size() == 1 ? "decode" : "prefill", prompt, cache);
+  auto seen = prompt.size(1);
+  auto logits = package.run(package.prefill_of(seen), prompt, cache, 0);
   double prefill = seconds_since(start);
 
   start = std::chrono::steady_clock::now();
@@ -40,7 +40,8 @@ static int run(const std::string& folder, int64_t count) {
     auto token = logits.argmax(-1, /*keepdim=*/true);
     std::cout << token.item<int64_t>() << (index + 1 < count ? " " : "\n");
     if (index + 1 == count) break;
-    logits = package.run("decode", token, cache);
+    logits = package.run(package.step_behind(seen), token, cache, seen);
+    ++seen;
   }
   double decode = seconds_since(start);
 

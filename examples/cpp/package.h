@@ -108,14 +108,19 @@ class Package {
     return cache;
   }
 
-  // Logits of the last token, [B, V] float32. A program does not check what it is given.
-  at::Tensor run(const std::string& name, const at::Tensor& ids, const std::vector<at::Tensor>& cache) {
+  // The entry point that reads a prompt, or one token more behind `seen` of them.
+  std::string prefill_of(int64_t length) const { return length > 1 ? "prefill" : has("first") ? "first" : "decode"; }
+  std::string step_behind(int64_t seen) const { return seen == 1 && has("second") ? "second" : "decode"; }
+
+  // Logits of the last token behind `seen` others, [B, V] float32. A program does not check what it is given.
+  at::Tensor run(const std::string& name, const at::Tensor& ids, const std::vector<at::Tensor>& cache, int64_t seen) {
     const Json& entry = about["entries"][name];
     if (ids.size(1) < entry["shortest"].number() || ids.size(1) > entry["longest"].number())
       throw std::runtime_error(name + " takes " + entry["shortest"].text + " to " + entry["longest"].text + " tokens, got " +
                                std::to_string(ids.size(1)));
     std::vector<at::Tensor> inputs{ids};
     if (entry["masked"].flag()) inputs.push_back(at::ones_like(ids, at::kBool));
+    if (entry.fields.count("counted") && entry["counted"].flag()) inputs.push_back(at::empty({seen + 1, 0}, at::kFloat));
     inputs.insert(inputs.end(), cache.begin(), cache.end());
     auto outputs = programs_.at(name)->run(inputs);
     if (entry["checks"].flag() && !outputs.at(1).item<bool>()) throw std::runtime_error("scores of the prompt are not finite");
@@ -125,6 +130,8 @@ class Package {
   Json about;
 
  private:
+  bool has(const std::string& entry) const { return about["entries"].fields.count(entry) > 0; }
+
   Mapped weights_;
   std::map<std::string, std::unique_ptr<Loader>> programs_;  // which die before the weights
 };
