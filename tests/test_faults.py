@@ -180,6 +180,6 @@ def test_a_planted_fault_is_caught(fault, monkeypatch):
 
 def test_the_pipeline_under_test_is_the_one_that_ships():
     assert [apply.__name__ for apply in passes.PIPELINE] == [
-        "forward_stores", "find_attention", "shorten_reads", "attach_leaves", "attach_cache", "read_slots", "insert_scores",
-        "insert_eviction", "lower",
+        "forward_stores", "find_attention", "shorten_reads", "take_new_states", "attach_leaves", "attach_cache", "read_slots",
+        "insert_scores", "insert_eviction", "lower",
     ]  # fmt: skip
