@@ -47,7 +47,7 @@ def leverage(key: Tensor, valid: Tensor | None, sketch: Tensor, chunk: int) -> T
         return torch.zeros_like(x).scatter_add(2, index, x).gather(2, index)
 
     keys = to_front(key, place)[:, :, slot.clamp(max=tokens - 1)].float().masked_fill(absent, 0)  # [B, Hkv, N, C, D]
-    mean = merged(keys.sum(3)) / merged((~absent).float().sum(3).expand(len(absent), 1, -1, 1)).clamp(min=1)
+    mean = merged(keys.sum(3)) / merged((~absent).float().sum(3).expand(absent.shape[0], 1, -1, 1)).clamp(min=1)
     centred = (keys - mean[:, :, :, None]).masked_fill(absent, 0)
     x = (centred.flatten(2, 3) @ sketch).unflatten(2, (count, width))  # [B, Hkv, N, C, k]
     gram = merged(x.transpose(-2, -1) @ x)

@@ -180,7 +180,7 @@ class _Logits:
         if not isinstance(mask.shape[2], int) or mask.shape[2] != 1:
             columns = (positions + self.shift[row[..., 0]]).clamp(0, mask.shape[2] - 2)
         if logits.shape[3] != positions.shape[2]:
-            columns = torch.cat([columns, columns.new_full((1, 1, 1), mask.shape[2] - 1).expand(len(columns), -1, -1)], 2)
+            columns = torch.cat([columns, columns.new_full((1, 1, 1), mask.shape[2] - 1).expand(columns.shape[0], -1, -1)], 2)
         if isinstance(mask.shape[0], int) and mask.shape[0] == 1:
             row = torch.zeros_like(row)
         head = torch.arange(mask.shape[1], device=mask.device).view(self.heads if mask.shape[1] > 1 else 1, -1)

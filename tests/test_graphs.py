@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -51,16 +52,17 @@ def test_two_scores_in_turn_share_their_graphs_between_keeps_too(model):
     assert graphs(model) == {"prefill ('query', 'key', 'value', 'output_weight') whole": 2}
 
 
-def test_padded_batches_of_all_lengths_share_one_prefill_graph_and_one_decode_graph(model):
-    compiled = kvfx.compile(model, "knorm:0.5", backend="eager")
-    for length in LENGTHS[2:]:
-        ids = torch.ones(2, length, dtype=torch.long)
+@pytest.mark.parametrize("policy", ["knorm:0.5", "compactor:0.5"])
+def test_padded_batches_of_all_sizes_share_one_prefill_graph_and_one_decode_graph(policy, model):
+    compiled = kvfx.compile(model, policy, backend="eager")
+    for rows, length in zip(itertools.cycle((2, 5, 3)), LENGTHS[2:], strict=False):
+        ids = torch.ones(rows, length, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, 0] = 0
         cache = compiled.compress(ids, mask)
         compiled(ids[:, :1], past_key_values=cache)
     counts = graphs(model)
-    assert counts["prefill ('key',) padded"] == 1
+    assert sum(number for name, number in counts.items() if name.startswith("prefill")) == 1
     assert counts["decode False padded"] == 1
     assert counts["decode False whole"] <= 2  # where both rows keep equally many, no slot is empty
     assert sum(counts.values()) <= 4

@@ -658,8 +658,9 @@ def test_opcheck_finds_nothing(op, checks):
     ids=str,
 )
 def test_finite_input_never_gives_nan(op, dtype):
-    """The excepted ops do what they copy: logits in the keys' dtype overflow in half precision, and an absolute ridge lets
-    the Cholesky factorisation of few, large keys fail on some machines, which the op says shows as scores that are not finite.
+    """The excepted pairs overflow: those ops keep the logits in the keys' dtype, as their model does.
+
+    An absolute ridge lets the Cholesky factorisation of few, large keys fail on some machines; its op says how that shows.
     """
     sizes = (0.0, 1e-4, 1.0) if op.name == "kvpress_compactor" else (0.0, 1e-4, 1.0, 300.0)
     for tokens, size in itertools.product((2, 17, 40), sizes):
@@ -724,13 +725,29 @@ def over_tensors(op, function, arguments: list, follow: bool = True):
     return closed, [arguments[i] for i in where]
 
 
-def moving_axes(op, form: str, dims: Dims) -> list[list[bool]]:
-    """For each tensor argument, which axes change with the number of tokens."""
+def moving_axes(op, form: str, dims: Dims, name: str = "S") -> list[list[bool]]:
+    """For each tensor argument, which axes change with the number of tokens, or of rows."""
     shapes = [
-        [x.shape for x in over_tensors(op, op, dict(variants(op, dims._replace(S=tokens)))[form])[1]]
-        for tokens in (dims.S, 2 * dims.S)
+        [x.shape for x in over_tensors(op, op, dict(variants(op, dims._replace(**{name: size})))[form])[1]]
+        for size in (getattr(dims, name), 2 * getattr(dims, name))
     ]
     return [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(*shapes, strict=True)]
+
+
+def fakes_of(op, form: str, dims: Dims, tensors: list[Tensor], name: str = "S") -> tuple[ShapeEnv, list[Tensor]]:
+    """Tensors without data, of which the axes that move have symbols for sizes."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = []
+    for x, moving in zip(tensors, moving_axes(op, form, dims, name), strict=True):
+        sizes = [DimDynamic.DYNAMIC if moves else DimDynamic.STATIC for moves in moving]
+        fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+    return mode.shape_env, fakes
+
+
+def assert_unbounded(shapes: ShapeEnv) -> None:
+    """No size was settled while tracing."""
+    assert not any(value.is_number for value in shapes.replacements.values())
+    assert all(limit.upper > 2**40 for limit in shapes.var_to_range.values())
 
 
 @pytest.mark.parametrize("pre_dispatch", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pre_dispatch", "aten"])
@@ -740,16 +757,26 @@ def test_one_trace_serves_every_length(op, pre_dispatch):
     dims = Dims(S=37)
     for form, arguments in variants(op, dims):
         closed, tensors = over_tensors(op, op.reference if pre_dispatch else op.overload, arguments)
-        mode = FakeTensorMode(shape_env=ShapeEnv())
-        fakes = []
-        for x, moving in zip(tensors, moving_axes(op, form, dims), strict=True):
-            sizes = [DimDynamic.DYNAMIC if moves else DimDynamic.STATIC for moves in moving]
-            fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+        shapes, fakes = fakes_of(op, form, dims, tensors)
         graph = make_fx(closed, pre_dispatch=pre_dispatch, tracing_mode="symbolic")(*fakes)
-        assert not any(value.is_number for value in mode.shape_env.replacements.values())
-        assert all(limit.upper > 2**40 for limit in mode.shape_env.var_to_range.values())
+        assert_unbounded(shapes)
         for length in (1, 2, 15, 16, 17, 35, 48, 64):
             other = dict(variants(op, dims._replace(S=length)))[form]
+            expected, actual = answers(op, other), graph(*over_tensors(op, op.overload, other)[1])
+            for x, y in zip(expected, tree_leaves(actual), strict=True):
+                assert_within_rounding(y, x, x.double())
+
+
+@pytest.mark.parametrize("op", OP_LIST, ids=str)
+def test_one_trace_serves_every_number_of_rows(op):
+    dims = Dims(B=3, S=37)
+    for form, arguments in variants(op, dims):
+        closed, tensors = over_tensors(op, op.reference, arguments)
+        shapes, fakes = fakes_of(op, form, dims, tensors, "B")
+        graph = make_fx(closed, pre_dispatch=True, tracing_mode="symbolic")(*fakes)
+        assert_unbounded(shapes)
+        for rows in (2, 5):
+            other = dict(variants(op, dims._replace(B=rows)))[form]
             expected, actual = answers(op, other), graph(*over_tensors(op, op.overload, other)[1])
             for x, y in zip(expected, tree_leaves(actual), strict=True):
                 assert_within_rounding(y, x, x.double())

@@ -259,12 +259,12 @@ def test_what_cannot_hold_unequal_heads_is_refused():
         compiled().compress(tokens(1, 40)).to("static", capacity=60, tokens=90)
 
 
-def test_the_graphs_of_a_prompt_and_of_a_step_serve_all_lengths():
+def test_the_graphs_of_a_prompt_and_of_a_step_serve_all_lengths_and_numbers_of_rows():
     model = kvfx.compile(fresh_llama(), HEADS, backend="eager")
-    for seed, length in enumerate((40, 23, 55)):
-        cache = model.compress(tokens(2, length, seed=seed))
+    for rows, length in ((2, 40), (5, 23), (3, 55)):
+        cache = model.compress(tokens(rows, length, seed=rows))
         for new in range(20):
-            logits(model, cache, tokens(2, 1, seed=new))
+            logits(model, cache, tokens(rows, 1, seed=new))
     built = {key.phase: len(reports) for key, reports in model._kvfx.engine.reports.items()}
     assert built["prefill"] <= 2
     assert built["decode"] <= 2
