@@ -273,6 +273,7 @@ def rewritten(spelling: Spelling, args: tuple[Tensor, ...], is_dynamic: bool) ->
     return report, caught[0], out
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize(
     ("is_dynamic", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=["dynamic", "static bfloat16"]
 )

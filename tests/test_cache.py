@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 import kvfx
 from decoding import GREEDY, compiled, fresh_llama, ones, tokens
+from examples import examples
 
 HALF = "knorm:0.5"
 GUARDED = "-knorm | budget=uniform(0.5) | protect(sinks=1, recent=2)"  # in blocks of 6 tokens and more
@@ -209,7 +210,9 @@ class AgainstAList(RuleBasedStateMachine):
 
 
 TestAgainstAList = AgainstAList.TestCase
-TestAgainstAList.settings = settings(max_examples=6, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck))
+TestAgainstAList.settings = settings(
+    max_examples=examples(15), stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def padded_cache() -> kvfx.Cache:

@@ -57,6 +57,7 @@ def assert_equal(one: kvfx.Cache, two: kvfx.Cache) -> None:
     assert [layer.evicted for layer in one.layers] == [layer.evicted for layer in two.layers]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", CACHES)
 def test_a_cache_is_read_as_it_was_saved(kind, tmp_path):
     cache = CACHES[kind]()

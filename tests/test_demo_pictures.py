@@ -142,6 +142,7 @@ def test_the_default_demo_draws_what_each_policy_kept(tmp_path):
 # -- the command line ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_of_a_policy_is_measured_written_and_drawn(tmp_path):
     files = ("--json", tmp_path / "out.json", "--out", tmp_path / "pictures")
     result = command("demo", "--all", "--policy", "knorm", "--questions", 4, *files)
@@ -153,6 +154,7 @@ def test_all_of_a_policy_is_measured_written_and_drawn(tmp_path):
     assert (tmp_path / "pictures" / "kept.png").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoints_kept_tokens_are_drawn(tmp_path):
     document = notes.write(128, 4, kinds=("ask",))
     (tmp_path / "context.txt").write_text(document.text, encoding="utf-8")

@@ -196,6 +196,7 @@ RIGHT: dict[str, Callable[[], tuple[Any, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("line", RIGHT)
 def test_a_shortened_cache_gives_what_its_slots_say(line):
     expected, actual = RIGHT[line]()

@@ -83,6 +83,7 @@ def test_the_score_stays_exact_over_thousands_of_tokens_and_for_queries_far_from
     assert_within_rounding(op(*arguments), low, exact)
 
 
+@pytest.mark.sample(3)
 @forms("expected_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 96, 160, 256])
@@ -95,6 +96,7 @@ def test_wide_heads_score_as_defined(op, dim, dtype):
     assert_within_rounding(op(*arguments), low, exact)
 
 
+@pytest.mark.sample(3)
 @forms("expected_attention")
 @pytest.mark.parametrize("covariance", [False, True])
 @pytest.mark.parametrize("padding", ["none", "interior"])
@@ -207,6 +209,7 @@ def test_the_hook_librarys_score_rounds_as_that_library_does(dtype, epsilon):
     assert_within_rounding(actual[:, 4:], low[:, 4:], exact[:, 4:])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("length", [5, 60, 700])
 def test_a_model_keeps_what_the_hook_library_keeps(length):
     model = decoder("llama", 2, 3, 16, 0)
@@ -383,6 +386,7 @@ def turned_behind_tokens(x: Tensor, positions: Tensor, spelling: str) -> Tensor:
     return rotate(x.transpose(1, 2).clone(), angle.cos(), angle.sin(), spelling).transpose(1, 2)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("turn", "spelling"),
     [
@@ -475,6 +479,7 @@ def test_a_graph_of_one_length_is_refused_but_for_one_token_which_stays_whatever
 # -- in the graph of a model -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole rows", "padded rows"])
 def test_the_rotation_adds_no_graph(padded):
     torch._dynamo.reset()
@@ -498,6 +503,7 @@ def test_layers_share_the_factors_of_later_positions():
     assert cosines == [2, 2]
 
 
+@pytest.mark.slow
 def test_two_horizons_in_one_policy_are_two_rotations():
     model, ids = decoder("llama", 2, 2, 16, 0, layers=1), torch.arange(60)[None]
     texts = ("expected(4)", "expected(2000)", "expected(4) + 0*expected(2000)", "0*expected(4) + expected(2000)")

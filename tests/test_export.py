@@ -75,6 +75,7 @@ def assert_same_rows(packaged: Any, compiled: Any, length: int, padding: tuple[i
     assert torch.equal(packaged.ask(packaged.compress(ids, mask), question, asked, max_new_tokens=6, stop=()), theirs)
 
 
+@pytest.mark.slow
 @ONLY_WINDOWS
 @pytest.mark.parametrize(("name", "policy"), pairs(QUICK))
 def test_entry_points_continue_and_answer_as_the_compiled_model_does(name, policy):
@@ -86,6 +87,7 @@ def test_entry_points_continue_and_answer_as_the_compiled_model_does(name, polic
     assert {kind: entry.shortest for kind, entry in packaged.about.entries.items()} == {"prefill": 2, "extend": 2, "decode": 1}
 
 
+@pytest.mark.slow
 @ONLY_WINDOWS
 @pytest.mark.parametrize(("name", "policy"), pairs({("llama", "knorm")}))
 def test_padded_rows_say_what_they_say_in_the_compiled_model(name, policy):
@@ -125,6 +127,7 @@ def test_a_compiled_model_brings_its_policy_and_its_sketches():
     assert_same_row(packaged, compiled, 40)
 
 
+@pytest.mark.slow
 def test_no_policy_keeps_everything():
     model = fresh_llama(num_hidden_layers=1)
     packaged = traced(model, "none", PROMPT, NEW)

@@ -142,6 +142,7 @@ def text_of(program: ExportedProgram) -> tuple[str, ...]:
 # -- prefill and decode ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_prefill_program_keeps_the_best_at_every_length(name):
     program = fresh(name)
@@ -168,6 +169,7 @@ def test_the_page_of_models_says_whose_programs_are_rewritten(name):
     models_page.assert_exported(name, "yes" if zoo.ROWS[name].full else "nothing to evict")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-oss", *(pytest.param(n, marks=pytest.mark.slow) for n in SIMPLE)])
 def test_a_decode_program_answers_as_before_with_keys_unexpanded(name):
     model, exact = twins(name)
@@ -221,6 +223,7 @@ def test_rows_may_vary_too_and_bfloat16_keeps_what_it_keeps():
 QUICK_DECODERS = ("einsum", "shared")  # other axes, and keys that two layers read
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -279,6 +282,7 @@ def zoo_plain_ids(length: int) -> Tensor:
     return torch.randint(3, zoo_plain.VOCABULARY, (1, length), generator=torch.Generator().manual_seed(4))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name, preset in PRESETS.items() if "@" not in name and "uniform" in preset.policy

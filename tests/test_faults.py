@@ -134,11 +134,13 @@ STATIC_FAULTS: dict[str, Fault] = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", [CASE, EXPECTED], ids=["compactor", "expected attention"])
 def test_the_check_passes_without_a_fault(case):
     check(case)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", EXPECTED_FAULTS)
 def test_a_planted_fault_of_expected_attention_is_caught(fault, monkeypatch):
     EXPECTED_FAULTS[fault](monkeypatch)
@@ -157,6 +159,7 @@ def caught_by_new_models() -> Iterator[None]:
         test_windows.forget_models()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", SLOT_FAULTS)
 def test_a_planted_fault_behind_an_eviction_is_caught(fault, monkeypatch):
     SLOT_FAULTS[fault](monkeypatch)
@@ -164,6 +167,7 @@ def test_a_planted_fault_behind_an_eviction_is_caught(fault, monkeypatch):
         test_windows.test_decoding_after_an_eviction_hides_what_was_evicted_and_nothing_else()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("fault", STATIC_FAULTS)
 def test_a_planted_fault_in_a_static_cache_is_caught(fault, monkeypatch):
     STATIC_FAULTS[fault](monkeypatch)
@@ -171,6 +175,7 @@ def test_a_planted_fault_in_a_static_cache_is_caught(fault, monkeypatch):
         test_static.check_windows(steps=2)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(fault, monkeypatch):
     FAULTS[fault](monkeypatch)

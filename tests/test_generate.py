@@ -34,6 +34,7 @@ def assert_same_state(cache: kvfx.Cache, before: dict[str, Tensor]) -> None:
     assert all(torch.equal(now[name], before[name]) for name in now)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_keeping_all_gives_the_logits_of_the_model(preset):
     policy = preset if preset == "none" else f"{preset}:1.0"
@@ -189,6 +190,7 @@ def test_use_cache_false_is_the_plain_model():
         model(FULL, use_cache=False, past_key_values=kvfx.Cache())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True], ids=["prompt", "second turn"])
 @pytest.mark.parametrize("how", ["lookup", "assistant"])
 def test_assisted_decoding_is_greedy_decoding(how, cached):
@@ -343,6 +345,7 @@ def test_hidden_states_logits_to_keep_and_tuples():
         model(CONTEXT, output_attentions=True)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("phase", ["prefill", "compress", "extend", "decode"])
 def test_a_forward_that_fails_leaves_the_cache_as_it_was(phase):
     model = kvfx.compile(broken(), HALF, backend="eager")

@@ -415,6 +415,7 @@ def chunk_bounds(tokens: int, chunk: int, merge_tail: bool) -> list[tuple[int, i
     return list(itertools.pairwise(edges))
 
 
+@pytest.mark.sample(2)
 @forms("leverage")
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_leverage_lies_in_0_1_and_sums_to_at_most_the_rank(op, tokens):
@@ -725,63 +726,38 @@ def over_tensors(op, function, arguments: list, follow: bool = True):
     return closed, [arguments[i] for i in where]
 
 
-def moving_axes(op, form: str, dims: Dims, name: str = "S") -> list[list[bool]]:
-    """For each tensor argument, which axes change with the number of tokens, or of rows."""
+def moving_axes(op, form: str, dims: Dims) -> list[list[bool]]:
+    """For each tensor argument, which axes change with the number of tokens or of rows."""
     shapes = [
-        [x.shape for x in over_tensors(op, op, dict(variants(op, dims._replace(**{name: size})))[form])[1]]
-        for size in (getattr(dims, name), 2 * getattr(dims, name))
+        [x.shape for x in over_tensors(op, op, dict(variants(op, each))[form])[1]]
+        for each in (dims, dims._replace(S=2 * dims.S, B=2 * dims.B))
     ]
     return [[a != b for a, b in zip(*pair, strict=True)] for pair in zip(*shapes, strict=True)]
 
 
-def fakes_of(op, form: str, dims: Dims, tensors: list[Tensor], name: str = "S") -> tuple[ShapeEnv, list[Tensor]]:
-    """Tensors without data, of which the axes that move have symbols for sizes."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = []
-    for x, moving in zip(tensors, moving_axes(op, form, dims, name), strict=True):
-        sizes = [DimDynamic.DYNAMIC if moves else DimDynamic.STATIC for moves in moving]
-        fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
-    return mode.shape_env, fakes
-
-
-def assert_unbounded(shapes: ShapeEnv) -> None:
-    """No size was settled while tracing."""
-    assert not any(value.is_number for value in shapes.replacements.values())
-    assert all(limit.upper > 2**40 for limit in shapes.var_to_range.values())
-
-
 @pytest.mark.parametrize("pre_dispatch", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pre_dispatch", "aten"])
 @pytest.mark.parametrize("op", OP_LIST, ids=str)
-def test_one_trace_serves_every_length(op, pre_dispatch):
+def test_one_trace_serves_every_length_and_number_of_rows(op, pre_dispatch):
     """Traced before dispatch the op itself stays in the graph, so there its reference is traced."""
-    dims = Dims(S=37)
-    for form, arguments in variants(op, dims):
-        closed, tensors = over_tensors(op, op.reference if pre_dispatch else op.overload, arguments)
-        shapes, fakes = fakes_of(op, form, dims, tensors)
-        graph = make_fx(closed, pre_dispatch=pre_dispatch, tracing_mode="symbolic")(*fakes)
-        assert_unbounded(shapes)
-        for length in (1, 2, 15, 16, 17, 35, 48, 64):
-            other = dict(variants(op, dims._replace(S=length)))[form]
-            expected, actual = answers(op, other), graph(*over_tensors(op, op.overload, other)[1])
-            for x, y in zip(expected, tree_leaves(actual), strict=True):
-                assert_within_rounding(y, x, x.double())
-
-
-@pytest.mark.parametrize("op", OP_LIST, ids=str)
-def test_one_trace_serves_every_number_of_rows(op):
     dims = Dims(B=3, S=37)
     for form, arguments in variants(op, dims):
-        closed, tensors = over_tensors(op, op.reference, arguments)
-        shapes, fakes = fakes_of(op, form, dims, tensors, "B")
-        graph = make_fx(closed, pre_dispatch=True, tracing_mode="symbolic")(*fakes)
-        assert_unbounded(shapes)
-        for rows in (2, 5):
-            other = dict(variants(op, dims._replace(B=rows)))[form]
+        closed, tensors = over_tensors(op, op.reference if pre_dispatch else op.overload, arguments)
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        fakes = []
+        for x, moving in zip(tensors, moving_axes(op, form, dims), strict=True):
+            sizes = [DimDynamic.DYNAMIC if moves else DimDynamic.STATIC for moves in moving]
+            fakes.append(mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes)))
+        graph = make_fx(closed, pre_dispatch=pre_dispatch, tracing_mode="symbolic")(*fakes)
+        assert not any(value.is_number for value in mode.shape_env.replacements.values())
+        assert all(limit.upper > 2**40 for limit in mode.shape_env.var_to_range.values())
+        for rows, length in ((3, 1), (2, 2), (5, 15), (3, 16), (2, 17), (3, 35), (3, 48), (4, 64)):
+            other = dict(variants(op, dims._replace(B=rows, S=length)))[form]
             expected, actual = answers(op, other), graph(*over_tensors(op, op.overload, other)[1])
             for x, y in zip(expected, tree_leaves(actual), strict=True):
                 assert_within_rounding(y, x, x.double())
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("op", OP_LIST, ids=str)
 def test_compiling_takes_one_graph_for_rows_of_one_chunk_and_one_for_longer_rows(op):
     dims = Dims(S=37)

@@ -12,6 +12,7 @@ from yardstick import assert_within_rounding
 BOTH = (torch.float64, torch.float32)
 
 
+@pytest.mark.sample(2)
 @forms("chunk_attention")
 @pytest.mark.parametrize(
     ("case", "chunk"),
@@ -52,6 +53,7 @@ def test_equal_keys_share_attention_equally(op):
     torch.testing.assert_close(op(query, key, None, None, 16, 1.0, 1), torch.full((1, 1, 21), 3.0))
 
 
+@pytest.mark.sample(2)
 @forms("leverage")
 @pytest.mark.parametrize(
     ("case", "chunk", "size"),
@@ -76,6 +78,7 @@ def test_leverage_matches_its_definition_at_the_sizes_of_policies(op, case, chun
     assert_within_rounding(op(*arguments), low, exact)
 
 
+@pytest.mark.sample(3)
 @forms("leverage")
 @pytest.mark.parametrize("chunk", [0, 256])
 @pytest.mark.parametrize("change", ["a common mean", "a sink", "a mean for each piece", "large", "small"])
@@ -123,6 +126,7 @@ def test_keys_whose_squares_overflow_are_seen(op):
     assert score[:, 1].isfinite().all()
 
 
+@pytest.mark.sample(3)
 @forms("leverage", "chunk_attention")
 @pytest.mark.parametrize("size", [0.0, 1e-4, 300.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

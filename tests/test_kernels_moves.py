@@ -39,6 +39,7 @@ def ordered(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
 
 
+@pytest.mark.sample(2)
 @forms("select")
 @pytest.mark.parametrize("kind", ["normal", "ties", "all equal", "one bit apart", "of any size", "zeros of both signs"])
 def test_long_rows_keep_what_a_stable_sort_keeps(op, kind):
@@ -107,6 +108,7 @@ def test_scores_in_float64_stay_with_the_reference():
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.float8_e4m3fn]
 
 
+@pytest.mark.sample(3)
 @forms("compact")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("dim", "dim_v"), [(128, 128), (80, 96), (256, 1), (12, 576)])

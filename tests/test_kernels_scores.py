@@ -124,6 +124,7 @@ def test_attention_with_its_log_sum_exp_is_the_attention_bit_for_bit(case):
     assert_within_rounding(lse, of(torch.float32), of(torch.float64))
 
 
+@pytest.mark.sample(2)
 @forms("column_attention")
 @pytest.mark.parametrize("size", [1.0, 3.0])
 @pytest.mark.parametrize("reduce", ["sum", "squares"])
@@ -135,6 +136,7 @@ def test_column_attention_stays_exact_over_thousands_of_tokens(op, reduce, size)
     assert_within_rounding(op(size * query, size * key, None, None, None, *how), low, exact)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("window_attention", "column_attention"), BOTH)
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_queries_give_away_one_each_and_a_window_of_all_is_the_column(tokens, window_attention, column_attention):
@@ -203,6 +205,7 @@ def kv_compress(query, key, window: int, reduce: str, heads: str, buffer: int, d
     return score
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("buffer", [0, 3, 10])
 @pytest.mark.parametrize("heads", ["sum", "mean"])
 @pytest.mark.parametrize("reduce", ["squares", "sum"])
@@ -258,6 +261,7 @@ def test_a_negative_buffer_is_refused(op):
 # What kernels that take tiles of tokens could get wrong.
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("tokens", "window", "width", "dtype", "padding", "buffer"),
     [
@@ -362,6 +366,7 @@ def test_key_diff_and_redundancy_match_their_definitions(op, case):
     assert_within_rounding(*(x.double() + 2 for x in (actual, low, exact)))
 
 
+@pytest.mark.sample(2)
 @forms("key_diff", "redundancy")
 @pytest.mark.parametrize(("dtype", "padding"), [(torch.float32, "none"), (torch.bfloat16, "interior")], ids=str)
 def test_directions_are_added_up_over_tiles_and_pieces_of_a_row(dtype, padding, op):

@@ -80,6 +80,7 @@ def assert_simulated(cache: kvfx.RaggedCache, simulation: Simulation, row: int =
 # -- against the definition --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("policy", "granted", "every", "options"),
     [
@@ -383,6 +384,7 @@ def test_a_pool_divides_its_memory_among_kinds_of_layers():
 # -- caches that are joined --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("policy", [ONCE, f"{ONCE} | when=every(4)"])
 @pytest.mark.parametrize("lengths", [(90, 90), (90, 60, 33)], ids=str)
 def test_joined_rows_say_what_they_say_alone(policy, lengths):

@@ -257,6 +257,7 @@ def test_a_static_cache_holds_and_reads_the_same(lengths):
     assert [kept(static.to("dense"), row) for row in range(2)] == [kept(grown, row) for row in range(2)]
 
 
+@pytest.mark.slow
 def test_a_static_cache_without_room_is_left_as_it_was():
     model, ids = compiled(POLICY.format(0.5)), prompts([40], 5)[0]
     static = kvfx.StaticCache(21, 200)
@@ -340,6 +341,7 @@ def strange(attention, forward):
     return run
 
 
+@pytest.mark.slow
 def test_sliding_windows_take_no_part():
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "head_dim": 16}

@@ -66,6 +66,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("how", COMPILED)
 def test_a_model_already_compiled_is_unwrapped(how):
     torch.testing.assert_close(logits(kvfx_compile(COMPILED[how]())), logits(compiled(HALF)))

@@ -68,6 +68,7 @@ def by_heads(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_what_the_slices_make_of_the_heads_adds_up_to_the_projection(name):
@@ -157,6 +158,7 @@ class Gate(nn.Module):
         return self.linear(x * self.gate)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("wrap", "reason"),
     [

@@ -205,6 +205,7 @@ def test_keys_joined_to_something_else_than_the_cache_are_refused():
     ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_the_key_before_rope_is_the_one_that_rope_reads(family):
     module = traced_step(decoder(family, 2, 2, 16, 0), torch.ones(1, 9, dtype=torch.long), keep=4)
@@ -275,6 +276,7 @@ def test_a_key_whose_parts_come_from_two_tensors_is_refused():
 # -- the whole pipeline ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("plan", [KNORM, COMPACTOR], ids=["knorm", "compactor"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole rows", "padded rows"])
 def test_every_pass_leaves_a_sound_graph(plan, padded):

@@ -79,6 +79,7 @@ def own(name: str, parts: list[Tensor], double: bool = False, hidden: list[Tenso
     return torch.cat(out, 1)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_cache_that_keeps_everything_changes_nothing(name):
     assert changes_nothing(name)
@@ -117,6 +118,7 @@ def kept(name: str, policy: str, prompt: Tensor) -> list[list[list[int]]]:
     return positions
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "policy"), CASES, ids=[f"{name}, {policy}" for name, policy in CASES])
 def test_what_is_kept_and_the_text_that_follows_are_the_reference_s(name, policy):
     assert follows(name, policy)
@@ -313,6 +315,7 @@ class RegisteredWithOptree(Registered):
     pair = OptreePair
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("decoder", [Registered, RegisteredWithOptree])
 def test_a_registered_class_in_the_depths_of_the_output_is_found_and_its_number_stays_what_it_is(decoder):
     models = (kvfx.compile(decoder().eval(), "knorm:1.0", backend="eager", on_refuse="error"), decoder().eval().double())
@@ -363,6 +366,7 @@ def test_a_compiled_decoder_is_unwrapped_and_parameters_are_shared():
     assert kvfx.compile(twin, "none", backend="eager").base is model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.filterwarnings("ignore")])]
 )
@@ -525,6 +529,7 @@ def test_what_was_written_is_read_back_as_it_is_then(function):
     assert through_buffer == (function is not written_and_read)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["nanoGPT", "einsum", "preallocated"])
 def test_a_decode_step_joins_slots_and_new_ones_once(name):
     model, graphs = kvfx.compile(make(name), "knorm:0.5", backend="eager"), []

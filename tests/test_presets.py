@@ -60,6 +60,7 @@ def compress(policy: str, ids: torch.Tensor, mask: torch.Tensor | None = None, m
     return kvfx.compile(model, policy, backend="eager", on_refuse="error").compress(ids, mask)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("preset", sorted(set(DEFINITIONS) - {"pyramidkv(window=16)"}))
 @pytest.mark.parametrize("lengths", [[90, 41, 7], [1, 2]], ids=str)
@@ -73,6 +74,7 @@ def test_presets_keep_what_they_are_defined_to(preset, keep, lengths):
             assert_kept(score, reference.count_kept(length, keep, sinks + recent), cache.layers[layer].positions[row])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "lengths", [[3], [90, 41], *(pytest.param(n, marks=pytest.mark.slow) for n in ([17], [64, 64], [90]))], ids=str
 )
@@ -110,6 +112,7 @@ def test_per_chunk_gives_every_chunk_its_share(chunk, lengths):
                 assert not whole or max(whole) - min(whole) <= 1  # chunks without protected tokens
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("preset", PRESSES)
 @pytest.mark.parametrize("length", [pytest.param(65, marks=pytest.mark.slow), 200, pytest.param(333, marks=pytest.mark.slow)])
@@ -156,6 +159,7 @@ def test_all_heads_of_all_layers_compete_for_blocks(lengths):
                     assert b - a <= 1e-5 * b  # tokens whose largest neighbours are the same but for one head's
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("preset", [*HEADS, "compactor@engine"])
 @pytest.mark.parametrize("lengths", [[200, 120, 7], pytest.param([333], marks=pytest.mark.slow)], ids=str)
 def test_heads_compete_as_their_presets_are_defined_to(preset, lengths):
@@ -175,6 +179,7 @@ def test_heads_compete_as_their_presets_are_defined_to(preset, lengths):
         assert differ or keep == "0.25"  # where the protected tokens may be all that there is room for
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("preset", HEADS_PRESSES)
 @pytest.mark.parametrize("length", [pytest.param(65, marks=pytest.mark.slow), 200, pytest.param(333, marks=pytest.mark.slow)])
@@ -206,6 +211,7 @@ def test_a_pyramid_falls_and_keeps_the_total(beta, layers, length, protected):
     assert Policy.parse("pyramidkv").counts(1000, 4) == [914, 638, 362, 86]
 
 
+@pytest.mark.slow
 def test_decoding_over_a_pyramid_equals_the_reference(tmp_path):
     ids, mask, _ = captured(64, 64)
     model = kvfx.compile(MODEL, "pyramidkv(window=16):0.5", backend="eager", on_refuse="error")

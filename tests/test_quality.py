@@ -46,6 +46,7 @@ def results(tmp_path_factory):
 # -- one answer ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "multivalue"])
 def test_an_answer_is_right_if_greedy_decoding_says_just_that(model, task):
     compressed = kvfx.compile(model, "streaming_llm:0.6", backend="eager")

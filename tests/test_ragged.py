@@ -76,6 +76,7 @@ def test_memory_is_that_of_the_slots_held():
     assert cache.nbytes < whole.nbytes
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("policy", [HEADS, "adakv(window=4):0.5"])
 def test_every_turn_attends_to_the_slots_held(policy):
     model = compiled(policy)
@@ -118,6 +119,7 @@ def test_a_head_may_keep_nothing():
         torch.testing.assert_close(logits(small, cache, new), logits(small, dense, new))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("block_size", [3, 100, 256])
 def test_blocks_may_have_any_size(block_size):
     """Also one that goes into no piece of attention's work evenly, or is larger than one."""

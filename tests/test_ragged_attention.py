@@ -174,6 +174,7 @@ def test_extents_may_be_empty_and_differ_wildly(lengths, op, new):
     check(op, case, given_of(case, torch.tensor(lengths)))
 
 
+@pytest.mark.sample(1)
 @forms("ragged_attention")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows_and_heads_are_as_few(dtype, op):
@@ -193,6 +194,7 @@ def test_a_query_that_sees_nothing_gets_zero(op, new):
 # What a kernel gets wrong and a reference does not: edges of its tiles, here of the sizes that real models have.
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "block", "chunk"), [(80, 16, 128), (96, 48, 144), (256, 16, 128), (32, 100, 200)])
 def test_extents_end_anywhere_in_a_tile(dtype, dim, block, chunk):
@@ -200,6 +202,7 @@ def test_extents_end_anywhere_in_a_tile(dtype, dim, block, chunk):
     check(KERNEL, case, given_of(case, torch.tensor([[0, 1, 63, 64], [65, 127, 129, 290]]), chunk))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("group", [1, 3, 17])
 def test_groups_may_have_any_size(group, mask):
@@ -297,6 +300,7 @@ def test_a_work_list_covers_every_slot_once_and_in_order(seed, layers, rows, hea
         assert (work.first[layer, len(listed) :] == NOWHERE).all()
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("new", [1, 3])
 def test_one_graph_serves_extents_of_all_lengths(new):

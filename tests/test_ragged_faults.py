@@ -210,6 +210,7 @@ def check_every_fault(name: str) -> int:
     return place
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if "copy" in name else name for name in STEPS])
 def test_a_graph_that_fails_between_its_writes_changes_nothing(name):
     assert check_every_fault(name) >= 6
@@ -241,6 +242,7 @@ HOST = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("owner", "attribute"), HOST, ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2])
 def test_a_host_that_fails_around_a_step_changes_nothing(owner, attribute, monkeypatch):
     places = 0

@@ -75,6 +75,7 @@ def test_a_query_that_sees_nothing_gives_nothing(op):
         assert torch.equal(answer, torch.zeros_like(answer))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("dim", "block", "chunk", "group"), [(80, 16, 128, 4), (96, 48, 144, 17), (256, 16, 128, 2)])
 def test_chunks_of_any_size_are_told(dtype, dim, block, chunk, group):

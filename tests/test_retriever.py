@@ -184,6 +184,7 @@ def test_steps_are_the_same_samples_however_many_processes_share_them():
 # -- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_falls_within_a_few_steps():
     recipe = Recipe(stages=(Stage(24, 4, Mix(96, kinds=("note",))),), warm_up=4)
     measured = [one["loss"] for one in train(State.initial(recipe, "cpu"), recipe, Group())]

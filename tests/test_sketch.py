@@ -38,6 +38,7 @@ def test_a_given_sketch_is_used_and_the_drawn_one_is_that_of_the_seed(model):
     assert equal(other, kept(model, IDS, "compactor(seed=5):0.3"))
 
 
+@pytest.mark.slow
 def test_each_row_may_have_a_sketch_of_its_own(model):
     rows = [drawn(0), drawn(5)]
     together = kept(model, IDS, sketch=[torch.stack(matrices) for matrices in zip(*rows, strict=True)])

@@ -47,6 +47,7 @@ def newest_then_oldest(length: int, count: int, share: Fraction, sinks: int, rec
     return sorted([*chosen, *rest[: count - len(chosen)]])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("share", ["0", "0.3", "1"])
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])
 def test_the_share_is_of_each_row_s_own_count_and_protected_tokens_take_from_it(small, share, sinks, recent):
@@ -87,6 +88,7 @@ def test_equal_scores_are_computed_once_and_the_share_is_not_baked_into_a_number
     assert all(site.taps == ("query", "key", "value", "output_weight") for site in report.sites)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("padding", [False, True])
 def test_every_pass_leaves_a_sound_graph_under_a_splice(padding):
     plan = lower(

@@ -92,6 +92,7 @@ class Both:
         assert_same_slots(self.static, self.dense)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("policy", [HALF, "none", pytest.param(PYRAMID, marks=pytest.mark.slow)], ids=["half", "all", "pyramid"])
 def test_turns_without_padding(policy):
     both = Both(compiled(policy))
@@ -102,6 +103,7 @@ def test_turns_without_padding(policy):
     both.feed(1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("policy", [HALF, "none"])
 def test_turns_with_padding(policy):
     both = Both(compiled(policy))
@@ -121,7 +123,12 @@ def check_windows(steps: int) -> None:
         both.feed(1)
 
 
-@pytest.mark.parametrize("padding", [None, pytest.param((0, 3), marks=pytest.mark.slow)], ids=["full", "padded"])
+def test_a_window_moves_on_beside_an_eviction():
+    check_windows(steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", [None, (0, 3)], ids=["full", "padded"])
 def test_windows_go_round(padding):
     """Of 8 tokens, over prompts shorter and longer than that, and past several times their length."""
     both = Both(kvfx.compile(mixed(), HALF, backend="eager", on_refuse="error"))
@@ -390,6 +397,7 @@ def test_the_static_cache_of_transformers_is_filled():
     assert stock.layers[0].keys.shape == (1, 2, ROOM, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=["greedy", "beams", "drawn"]
 )

@@ -84,6 +84,7 @@ def test_the_committed_table_of_resources_holds_every_kernel_and_size():
     assert_fits(TABLE.read_text(), [case.name for case in CASES])
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("op", "dtype"), [(op, dtype) for op in KERNELS for dtype in DTYPES if not op.written], ids=str)
 def test_finite_input_never_gives_nan(op, dtype):
     for size in (0.0, 1e-4, 300.0):
@@ -93,6 +94,7 @@ def test_finite_input_never_gives_nan(op, dtype):
             assert not any(x.isnan().any() for x in outputs)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("op", [op for op in KERNELS if rows_are_independent(op)], ids=str)
 def test_rows_of_a_batch_do_not_see_each_other(op):
     dims = Dims(B=3, Hkv=2)
@@ -104,6 +106,7 @@ def test_rows_of_a_batch_do_not_see_each_other(op):
                 assert_within_rounding(whole[b : b + 1], alone, alone.double())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("op", [op for op in KERNELS if "valid" in argument_names(op)], ids=str)
 def test_flags_of_padding_may_lie_in_memory_row_by_row_or_token_by_token(op):
     arguments = dict(variants(op, Dims(B=3)))["padded"]

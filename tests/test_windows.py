@@ -58,6 +58,7 @@ def tokens(rows: int, length: int, seed: int = 1) -> Tensor:
     return torch.randint(3, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.sample(1)
 @torch.no_grad()
 @pytest.mark.parametrize("length", [3, WINDOW - 1, WINDOW, 30])
 def test_keeping_all_is_the_model_itself_over_a_growing_window(length):
@@ -116,6 +117,7 @@ def with_hidden(context: Tensor, hidden: Tensor, more: Tensor) -> Tensor:
         torch.nn.functional.scaled_dot_product_attention = real
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("pads", [5, 27])
 def test_padded_rows_equal_themselves_alone(pads):
     model = compiled("knorm:0.5")
@@ -168,6 +170,7 @@ def test_a_window_survives_copies_files_beams_and_says_what_it_cannot_forget(tmp
         cache.crop(-1)
 
 
+@pytest.mark.slow
 def test_all_lengths_share_few_graphs():
     torch._dynamo.reset()
     model = kvfx.compile(mixed(), "knorm:0.5", backend="eager")

@@ -151,6 +151,7 @@ class Checks:
         low, exact = family.continued(family.ids, hidden, tokens)
         assert_within_rounding(garbled, low, exact)
 
+    @pytest.mark.sample(2)
     def test_every_attention_is_found_and_every_full_layer_compressed(self, family):
         assert family.sites
 
@@ -160,6 +161,7 @@ class Checks:
     def test_keeping_everything_changes_no_logits(self, family):
         assert family.whole
 
+    @pytest.mark.sample(2)
     def test_what_is_kept_is_the_references_choice(self, family):
         assert family.kept
 
@@ -169,6 +171,7 @@ class Checks:
     def test_rows_of_a_padded_batch_are_as_if_alone(self, family):
         assert family.rows
 
+    @pytest.mark.sample(2)
     def test_several_new_tokens_at_once_are_as_one_by_one(self, family):
         assert family.block
 
