@@ -313,6 +313,7 @@ def check_rotation(model, exact_model, padded: bool, past: int = 0) -> None:
     assert_within_rounding(pre_query.double() @ rotation.double(), low, exact)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole rows", "padded rows"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_rotation_is_what_the_model_does_to_queries_at_the_positions_that_follow(name, padded):
