@@ -41,6 +41,7 @@ def test_the_demo_compares_and_writes_json(tmp_path):
     assert data["rows"][0]["right"] == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_answers_questions_on_a_file(tmp_path, folder, document):
     asked = document.questions[:2]
     questions = [part for question in asked for part in ("--question", question.text)]

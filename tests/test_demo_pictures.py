@@ -133,6 +133,7 @@ def test_the_sweep_is_drawn_as_png_and_svg_the_same_each_time(swept, tmp_path):
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
 
 
+@pytest.mark.slow
 def test_the_default_demo_draws_what_each_policy_kept(tmp_path):
     demo = run.run("eager", 4, tokens=128, policies=("knorm:0.5",))
     assert [file.name for file in pictures.draw(demo, tmp_path)] == ["kept.png", "kept.svg"]

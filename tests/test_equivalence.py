@@ -149,7 +149,7 @@ LONG = {
 }
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[1100, 700], [513], [512, 511, 1]], ids=str)
 def test_rows_of_several_chunks_equal_the_reference(lengths):
     check({**LONG, "keep": "0.3", "lengths": lengths})

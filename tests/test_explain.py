@@ -217,7 +217,7 @@ def test_heads_and_layers_that_compete_are_explained_without_weights(family, pol
     assert all(site["score"] for site in data["sites"])
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["heads", "layers"])
 def test_what_is_not_understood_takes_no_part_in_a_competition(half_understood, pool):
     explanation = kvfx.explain(half_understood, policy=f"knorm | budget={pool}(0.5)")

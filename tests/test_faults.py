@@ -167,7 +167,7 @@ def test_a_planted_fault_behind_an_eviction_is_caught(fault, monkeypatch):
         test_windows.test_decoding_after_an_eviction_hides_what_was_evicted_and_nothing_else()
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", STATIC_FAULTS)
 def test_a_planted_fault_in_a_static_cache_is_caught(fault, monkeypatch):
     STATIC_FAULTS[fault](monkeypatch)

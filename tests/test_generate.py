@@ -61,6 +61,7 @@ def test_prompt_compressed_by_generate_equals_compress_and_append():
     assert cache.get_seq_length() == 45
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=["best", "two"])
 def test_beams_when_all_is_kept_are_those_of_the_model(beams):
     expected = llama().generate(FULL, **GREEDY, **beams)

@@ -52,6 +52,7 @@ def test_two_scores_in_turn_share_their_graphs_between_keeps_too(model):
     assert graphs(model) == {"prefill ('query', 'key', 'value', 'output_weight') whole": 2}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("policy", ["knorm:0.5", "compactor:0.5"])
 def test_padded_batches_of_all_sizes_share_one_prefill_graph_and_one_decode_graph(policy, model):
     compiled = kvfx.compile(model, policy, backend="eager")
@@ -68,6 +69,7 @@ def test_padded_batches_of_all_sizes_share_one_prefill_graph_and_one_decode_grap
     assert sum(counts.values()) <= 4
 
 
+@pytest.mark.slow
 def test_forty_policies_and_keeps_live_in_one_process(model):
     ids = torch.arange(60)[None]
     texts = [f"{name}:{keep}" for name in ("knorm", "compactor", "random", "compactor(seed=1)") for keep in

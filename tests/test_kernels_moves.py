@@ -78,6 +78,7 @@ def test_rows_of_a_long_batch_keep_as_many_as_each_is_told(op):
         assert torch.equal(slots[row, 0, 3000 - count :], ordered(scores[row, 0], count))
 
 
+@pytest.mark.slow
 @forms("select")
 def test_one_program_may_have_to_look_at_several_tiles(op):
     """Of as many rows as a chip has room for programs, each has one, however long it is."""

@@ -80,7 +80,7 @@ def assert_simulated(cache: kvfx.RaggedCache, simulation: Simulation, row: int =
 # -- against the definition --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("policy", "granted", "every", "options"),
     [

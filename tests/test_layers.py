@@ -182,6 +182,7 @@ def test_a_splice_chooses_numbers_by_its_first_score_and_tokens_in_two_turns():
             assert set(best) <= set(head)
 
 
+@pytest.mark.slow
 def test_later_turns_append_and_a_new_part_is_shared_out_by_itself():
     model, (ids, mask) = compiled(POLICY.format(0.5)), prompts([24, 15], 5)
     cache = model.compress(ids, mask)
@@ -272,6 +273,7 @@ def test_a_static_cache_without_room_is_left_as_it_was():
     assert len(model.generate(ids, cache_implementation="static", max_new_tokens=3)[0]) == 43
 
 
+@pytest.mark.slow
 def test_the_whole_keys_and_values_of_a_layer_are_gone_before_the_next_is_cut(monkeypatch):
     cut, whole = layers_step._cut, []
 

@@ -57,6 +57,7 @@ def test_an_answer_is_right_if_greedy_decoding_says_just_that(model, task):
     assert right == [correct(one, ids) for one, ids in zip(problems, said, strict=True)]
 
 
+@pytest.mark.slow
 def test_logits_of_an_answer_are_those_of_the_plain_model(model):
     problems = [problem("multikey", 128, 5, index) for index in range(3)]
     whole = kvfx.compile(model, "none", backend="eager")
@@ -74,6 +75,7 @@ def test_the_divergence_is_that_of_torch_and_none_from_oneself():
     assert divergence(full, full) == 0
 
 
+@pytest.mark.slow
 def test_the_full_cache_is_at_no_distance_and_keeps_all_the_gold():
     _, answers = quality.answer(Job(quality.setting("none", 1.0), "trace", 128, (0, 1)))
     assert [(each.kl, each.gold, each.index) for each in answers] == [(0, 1, 0), (0, 1, 1)]

@@ -106,6 +106,7 @@ def test_a_padded_row_keeps_what_it_keeps_alone():
             assert torch.equal(ours.lengths[row], theirs.lengths[0])
 
 
+@pytest.mark.slow
 def test_a_head_may_keep_nothing():
     """All scores of one head are lower than those of the other: it is left with what comes."""
     model = fresh_llama()
@@ -119,7 +120,7 @@ def test_a_head_may_keep_nothing():
         torch.testing.assert_close(logits(small, cache, new), logits(small, dense, new))
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [3, 100, 256])
 def test_blocks_may_have_any_size(block_size):
     """Also one that goes into no piece of attention's work evenly, or is larger than one."""
@@ -131,12 +132,14 @@ def test_blocks_may_have_any_size(block_size):
         torch.testing.assert_close(logits(compiled(), cache, new), logits(compiled(), dense, new))
 
 
+@pytest.mark.slow
 def test_equal_budgets_fill_a_ragged_cache_with_what_they_fill_a_dense_one():
     model, ragged = compiled("knorm:0.5"), kvfx.RaggedCache()
     model.compress(tokens(2, 40), past_key_values=ragged)
     assert_same_slots(ragged, model.compress(tokens(2, 40)))
 
 
+@pytest.mark.slow
 def test_windows_stay_dense_beside_heads():
     model = kvfx.compile(mixed(), HEADS, backend="eager", on_refuse="error")
     cache = model.compress(tokens(1, 20))

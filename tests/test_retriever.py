@@ -264,6 +264,7 @@ def finished(tmp_path_factory):
     return run, run.start()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_that_transformers_loads(finished):
     run, folder = finished
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

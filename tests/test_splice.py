@@ -47,7 +47,7 @@ def newest_then_oldest(length: int, count: int, share: Fraction, sinks: int, rec
     return sorted([*chosen, *rest[: count - len(chosen)]])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("share", ["0", "0.3", "1"])
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 3)])
 def test_the_share_is_of_each_row_s_own_count_and_protected_tokens_take_from_it(small, share, sinks, recent):

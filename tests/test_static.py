@@ -103,7 +103,7 @@ def test_turns_without_padding(policy):
     both.feed(1)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [HALF, "none"])
 def test_turns_with_padding(policy):
     both = Both(compiled(policy))
@@ -267,6 +267,7 @@ def test_rows_may_keep_different_fractions_in_one_graph():
         torch.testing.assert_close(logits[row], model(tokens(3, 1, seed=9)[row : row + 1], past_key_values=alone).logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:1 of 2 cache layers")  # each graph says so
 def test_a_layer_that_cannot_be_scored_is_held_whole(monkeypatch):
     model = fresh_llama(num_hidden_layers=2)

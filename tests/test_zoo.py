@@ -155,6 +155,7 @@ class Checks:
     def test_every_attention_is_found_and_every_full_layer_compressed(self, family):
         assert family.sites
 
+    @pytest.mark.sample(2)
     def test_what_scores_read_is_what_attention_read(self, family):
         assert family.taps
 
@@ -168,6 +169,7 @@ class Checks:
     def test_decoding_after_an_eviction_by_head_equals_the_reference(self, family):
         assert family.uneven
 
+    @pytest.mark.sample(2)
     def test_rows_of_a_padded_batch_are_as_if_alone(self, family):
         assert family.rows
 
@@ -175,6 +177,7 @@ class Checks:
     def test_several_new_tokens_at_once_are_as_one_by_one(self, family):
         assert family.block
 
+    @pytest.mark.sample(2)
     def test_the_page_of_models_says_what_was_found(self, family):
         row = family.row
         caches = dict.fromkeys(site.cache for site in family.decoding.sites)
