@@ -6,6 +6,7 @@ cache, is a list of tensors here that every entry point takes and writes in plac
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -201,7 +202,7 @@ class EntryPoints:
         shapes += [{} for _ in held[len(front) :]]
         try:
             module = self._module(kind, plan, entry.masked).eval()
-            with torch.no_grad():
+            with torch.no_grad(), self._maskless(kind, entry.masked):
                 return torch.export.export(module, (ids, held), dynamic_shapes=(varies, shapes), strict=False)
         except RuntimeError as error:
             if not self.shows_padding:
@@ -210,6 +211,10 @@ class EntryPoints:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot be traced as a {kind}: {str(error).strip().splitlines()[0]}"
             ) from error
+
+    def _maskless(self, kind: str, masked: bool) -> contextlib.AbstractContextManager[None]:
+        whole = kind == "prefill" and not masked and hf.is_transformers(self.model)
+        return hf.first_tokens_need_no_mask(self.model) if whole else contextlib.nullcontext()
 
     def _check_range(self, kind: str, program: ExportedProgram, wanted: Sequence[range]) -> None:
         """Make sure that a program takes all lengths wanted: to pad shorter ones would hide what the model's code asks."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
+from unittest import mock
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import output_capturing
 
@@ -122,6 +125,27 @@ def windows(model: transformers.PreTrainedModel) -> tuple[int | None, ...]:
                 "alone; models with recurrent or indexed layers are not supported yet."
             )
     return tuple(getattr(layer, "sliding_window", None) for layer in layers)
+
+
+@contextlib.contextmanager
+def first_tokens_need_no_mask(model: transformers.PreTrainedModel) -> Iterator[None]:
+    """While a forward on the first tokens of whole rows is exported: let attention be causal by a flag, without a mask.
+
+    Transformers leaves that to `torch.compile` and gives exported programs a mask, because theirs may be run behind a cache later.
+    With a mask attention computes twice as much on a CPU. Where a version makes masks in another way, the mask stays.
+    """
+    plain = getattr(masking_utils, "_ignore_causal_mask_sdpa", None)
+    if plain is None or any(windows(model)):
+        yield
+        return
+
+    def ignore(padding_mask: Any, q_length: Any, kv_length: Any, *args: Any, **options: Any) -> bool:
+        if padding_mask is None and bool(q_length == kv_length):
+            return True
+        return plain(padding_mask, q_length, kv_length, *args, **options)
+
+    with mock.patch.object(masking_utils, "_ignore_causal_mask_sdpa", ignore):
+        yield
 
 
 def prepare_outputs(model: transformers.PreTrainedModel) -> None:

@@ -211,6 +211,16 @@ def test_code_that_asks_for_the_length_is_not_exported_for_some_of_them_only():
         EntryPoints.of(asking(), HALF, PROMPT, NEW, 1, {}).programs()
 
 
+def test_attention_of_whole_rows_needs_no_mask_of_a_prompt_and_one_behind_it():
+    """With a mask it computes what nobody reads: twice as much."""
+    causal: dict[str, list[bool]] = {}
+    for kind, (_, program) in EntryPoints.of(fresh_llama(), HALF, PROMPT, NEW, 1, {}).programs().items():
+        calls = [node for node in program.graph.nodes if "scaled_dot_product" in str(node.target)]
+        given = [node.normalized_arguments(program.graph_module, normalize_to_only_use_kwargs=True).kwargs for node in calls]
+        causal[kind] = [each.get("is_causal", False) for each in given]
+    assert causal == {"prefill": [True, True], "extend": [False, False], "decode": [False, False]}
+
+
 def test_a_layer_that_is_not_understood_is_named(tmp_path):
     model = fresh_llama(attention=known_every_other.__name__)
     with pytest.raises(kvfx.SiteRefused, match=r"(?s)not every cache layer of LlamaForCausalLM can be compressed.*layer 1: "):
