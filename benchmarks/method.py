@@ -199,10 +199,15 @@ RATIO: dict[str, Column] = {"ratio": number("ratio", 3), "95 %": lambda row: f"{
 def table_of(name: str, about: Sequence[str], columns: Mapping[str, Column]) -> str:
     """What `results/NAME.csv` says, as Markdown: where it was measured, what it is about, and a line for each row."""
     where, rows = read(name)
+    begin = where if where.startswith("Predicted") else f"Measured on {where}"
+    return "\n".join([f"{begin}.\n", *about, "", *markdown(rows, columns), ""])
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> list[str]:
+    """The lines of a table."""
     lines = ["|".join(f" {title} " if title else " " for title in columns), "|".join(["---"] * len(columns))]
     lines += [" " + " | ".join(cell(row) for cell in columns.values()) + " " for row in rows]
-    begin = where if where.startswith("Predicted") else f"Measured on {where}"
-    return "\n".join([f"{begin}.\n", *about, "", *(f"|{line}|" for line in lines), ""])
+    return [f"|{line}|" for line in lines]
 
 
 def bytes_column(row: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from matplotlib.axes import Axes
-from method import RESULTS, Column, number, read
+from method import RESULTS, Column, markdown, number, read
 
 from kvfx.demo import figure
 
@@ -58,13 +58,6 @@ PREDICTED = {
 }  # fmt: skip
 
 
-def table(rows: Sequence[Result], columns: Mapping[str, Column]) -> list[str]:
-    """Lines of Markdown."""
-    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
-    return [f"| {line} |" for line in lines]
-
-
 def tables(where: str, rows: Sequence[Result]) -> str:
     """All of results/NAME.md."""
     lines = [
@@ -87,7 +80,7 @@ def tables(where: str, rows: Sequence[Result]) -> str:
                 "Predicted by the same cost model, from the device's datasheet and what `benchmarks/paper_setups.py` states; "
                 "nothing here was measured by this project. The last columns are what the paper measured (arXiv:2410.00161).", "",
             ]  # fmt: skip
-        lines += [*table(found, MEASURED if measured else PREDICTED), ""]
+        lines += [*markdown(found, MEASURED if measured else PREDICTED), ""]
     return "\n".join(lines)
 
 

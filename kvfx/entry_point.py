@@ -75,9 +75,12 @@ class EntryPoint(nn.Module):
         slots = StaticSlots(layers, self.plan, sizes, counts, longest, has_past, self.shows_padding, frozenset())
         given = (tensors["lengths_seen"], valid, {"input_ids": ids}, self._options, self._takes_positions)
         out, _ = step(self.model, slots, *given)
-        logits = out.logits[:, -1].float()
-        finite = [layer.finite for layer in layers if layer.finite is not None]
-        return (logits, torch.stack(finite).all()) if finite else (logits,)
+        return self._answer(out.logits, layers)
+
+    def _answer(self, logits: Tensor, layers: list[StaticLayer]) -> tuple[Tensor, ...]:
+        """The last token's logits, and of a policy that evicts whether all scores were finite."""
+        last, finite = logits[:, -1].float(), [layer.finite for layer in layers if layer.finite is not None]
+        return (last, torch.stack(finite).all()) if finite else (last,)
 
     def _quota(self, ids: Tensor, valid: Tensor | None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
         """What `quota.quota` says outside of a graph: how many slots there are of the new tokens, and how many each row fills."""

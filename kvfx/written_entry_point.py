@@ -59,9 +59,7 @@ class WrittenEntryPoint(EntryPoint):
         slots.end(seen + ids.shape[1])
         for other, value in zip(others, after, strict=True):
             other.copy_(value)
-        logits = returned.logits[:, -1].float()
-        finite = [layer.finite for layer in layers if layer.finite is not None]
-        return (logits, torch.stack(finite).all()) if finite else (logits,)
+        return self._answer(returned.logits, layers)
 
     def _new(self, leaves: list[Any], start: Any, length: Any) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
         """Of the leaves of a past the new keys and values `[B, Hkv, S, D]` of each layer, and the tensors that are neither."""

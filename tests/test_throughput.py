@@ -161,7 +161,7 @@ def test_a_machine_that_overlaps_pays_the_longer_of_both():
     assert cost_model.step_seconds(TINY, both, rows=2, slots=10) == pytest.approx(3 + max(moved, arithmetic))
 
 
-def test_more_memory_or_a_higher_rate_never_predicts_less():
+def test_a_higher_rate_never_predicts_less():
     for setup in SETUPS:
         rates = [cost_model.predict(setup.shape, setup.machine, setup.load, setup.kept(rate)).total for rate in (1, 2, 8, 64)]
         assert rates == sorted(rates, reverse=True)
